@@ -1,0 +1,98 @@
+"""One batch: what the model reads and what the loss compares it with.
+
+Dimension legend (suffixes of tensor names, here and in `m5.model`):
+    B examples   L behaviours (padded)   T behaviours (jagged: all of the batch)   P requests (supervised positions)
+    N titles of the catalogue   C candidates   K behaviour categories   M scenario dimensions   E experts   D width
+
+Position 0 of every sequence is a *start* position that stands for "before the first behaviour", so that a viewer
+without history is an ordinary example. A *request* is a position whose next watch is to be predicted: its scenario,
+context and time are those of that next watch, never of the past behaviour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torchrec import KeyedJaggedTensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one batch; integers are int64 unless said otherwise.
+
+    Attributes:
+        sparse: keys `history` [T], `candidates` [C], `intensity_*`/`gap` [T], `user_*`/`scenario_*`/`context_*` [P]
+            and their row numbers in the sharded tables. One bag per key: only the values are used.
+        experts: keys `{id,cg}_<scenario>`; the table rows of the experts owned by the scenario values present. None
+            where the mixing layer owns none.
+        title_BL: title of each behaviour; the start position and padding hold N.
+        category_BL: behaviour category; -1 at the start position and at padding.
+        history_T: flat position (b * L + l) of every behaviour, start positions included, padding not.
+        length_B: number of positions, the start included.
+        request_P: flat position of every request.
+        target_P: title that was watched next.
+        candidate_C: titles whose keys are looked up: the negatives shared by all requests, then (sampled candidates
+            only) the batch's own targets.
+        log_q_C: float32, one per negative, so it may be shorter than candidate_C: log expected number of draws
+            (sampled candidates), 0 for the full catalogue.
+        positive_P: place of each request's target in candidate_C.
+        own_P: place of each request's target among the negatives, -1 where it is not one.
+        scenario_PM: vocabulary index of each request's scenario values as the model sees them (0 where dropped).
+        rights_PM: the same as they are; rights never forget where a viewer is.
+        group_PM: for each request and scenario dimension, its place among the values present in `experts`.
+        timestamp_P: time of the request in seconds.
+        event_P: index of the target event in the dataset's arrays, -1 for an ad-hoc request.
+        masked_Q: flat positions whose title was hidden for the masked-language-model loss.
+        masked_place_Q: place of the hidden titles in candidate_C.
+    """
+
+    sparse: KeyedJaggedTensor
+    experts: KeyedJaggedTensor | None
+    title_BL: Tensor
+    category_BL: Tensor
+    history_T: Tensor
+    length_B: Tensor
+    request_P: Tensor
+    target_P: Tensor
+    candidate_C: Tensor
+    log_q_C: Tensor
+    positive_P: Tensor
+    own_P: Tensor
+    scenario_PM: Tensor
+    rights_PM: Tensor
+    group_PM: Tensor
+    timestamp_P: Tensor
+    event_P: Tensor
+    masked_Q: Tensor
+    masked_place_Q: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        """The batch on another device; TorchRec's pipelines call this."""
+        moved = {
+            field.name: value.to(device, non_blocking=non_blocking)
+            for field in fields(self)
+            if (value := getattr(self, field.name)) is not None
+        }
+        return replace(self, **moved)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        for field in fields(self):
+            if (value := getattr(self, field.name)) is not None:
+                value.record_stream(stream)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(B, L)."""
+        return self.title_BL.shape[0], self.title_BL.shape[1]
+
+
+def jagged(features: dict[str, Tensor]) -> KeyedJaggedTensor:
+    """Row numbers by key -> KeyedJaggedTensor with one bag per key (stride 1)."""
+    return KeyedJaggedTensor(
+        keys=list(features),
+        values=torch.cat(list(features.values())),
+        lengths=torch.tensor([values.numel() for values in features.values()], dtype=torch.int64),
+        stride=1,
+    )

@@ -1,0 +1,183 @@
+"""Run configuration: frozen pydantic models; presets are the YAML files in `m5/configs`.
+
+`load_config` joins preset and dotted overrides (`model.width=128`), refuses unknown keys, and validates once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PRESETS = Path(__file__).parent / "configs"
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a preset or an override; the command line prints it and exits with 2."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Section):
+    width: int = Field(64, ge=4, multiple_of=4, description="D: width of embeddings, interests and user vectors.")
+    blocks: int = Field(2, ge=0, description="Transformer blocks of the ID branch.")
+    heads: int = Field(2, ge=1, description="Attention heads; must divide the width into even parts.")
+    dropout: float = Field(0.2, ge=0, lt=1, description="On title embeddings, in the blocks and before the mixture.")
+    attention: Literal["causal", "bidirectional"] = Field(
+        "causal", description="causal: every position is a target; bidirectional: only the last one (the paper)."
+    )
+    content: tuple[Literal["graph", "text", "image"], ...] = Field(
+        ("graph",), description="Content arrays joined into the CG branch's vectors; empty = no CG branch."
+    )
+    subsidiary: bool = Field(True, description="Decorate behaviours with watch intensity and age.")
+    categories: bool = Field(True, description="One interest per behaviour category; false: a single interest.")
+    mixing: Literal["smoe", "mmoe", "mlp"] = Field("smoe", description="mmoe and mlp (scenario-blind) are controls.")
+    shared_experts: int = Field(2, ge=1, description="Experts that every request uses.")
+    expert_hidden: int = Field(128, ge=4, multiple_of=4, description="H: hidden width of one expert.")
+    mixing_width: int = Field(128, ge=4, description="I: width in which experts and gate read the crossed features.")
+    score: Literal["cosine", "dot"] = Field("cosine", description="Inner product of unit vectors or of plain ones.")
+    id_dropout: float = Field(0.05, ge=0, lt=1, description="Share of titles that lose their ID embedding in a step.")
+    scenario_dropout: float = Field(0.05, ge=0, lt=1, description="Share of scenario values forgotten in training.")
+    mlm_weight: float = Field(0.0, ge=0, description="lambda of the masked-language-model loss (bidirectional only).")
+    mlm_share: float = Field(0.15, ge=0, lt=1, description="Share of behaviours masked when lambda > 0.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.width % (2 * self.heads):
+            raise ValueError(f"model.width={self.width} must be a multiple of 2 x model.heads={self.heads}")
+        if self.mlm_weight and self.attention == "causal":
+            raise ValueError("model.mlm_weight needs model.attention=bidirectional; causal training predicts every title")
+        if self.mlm_weight and not self.blocks:
+            raise ValueError("model.mlm_weight needs at least one of model.blocks")
+        return self
+
+
+class CandidatesConfig(_Section):
+    kind: Literal["full", "sampled"] = Field("full", description="Softmax over the whole catalogue or a sample of it.")
+    count: int = Field(1024, ge=1, description="Sampled negatives, shared by the batch.")
+    power: float = Field(0.75, ge=0, le=1, description="Sampling probability is (training count + 1) to this power.")
+
+
+class DataConfig(_Section):
+    history: int = Field(100, ge=1, description="Most recent behaviours that the model reads.")
+    requests: int = Field(100, ge=1, description="Targets per training sequence; less than history overlaps sequences.")
+    sequences: int = Field(64, ge=1, description="Sequences per batch, over all ranks.")
+    sequences_per_epoch: int | None = Field(None, ge=1, description="Random part of the sequences in an epoch.")
+    prefetch: int = Field(4, ge=1, description="Batches prepared ahead by a background thread.")
+
+
+class OptimizerConfig(_Section):
+    lr: float = Field(1e-3, gt=0, description="AdamW, dense part.")
+    table_lr: float = Field(0.05, gt=0, description="Row-wise Adagrad of the sharded tables, fused into backward.")
+    expert_lr: float = Field(0.02, gt=0, description="Row-wise Adagrad of the scenario-owned experts.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled decay, matrices only.")
+    warmup_steps: int = Field(100, ge=0, description="Linear warm-up of all learning rates.")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="After warm-up, over the planned steps.")
+    final_lr: float = Field(0.05, ge=0, le=1, description="Cosine ends at this share of the learning rates.")
+    clip: float = Field(1.0, gt=0, description="Largest gradient norm of the dense part.")
+
+
+class TrainingConfig(_Section):
+    epochs: int = Field(20, ge=1, description="Passes over the training targets.")
+    max_minutes: float | None = Field(None, gt=0, description="Stop after this long; the schedule follows the clock.")
+    evaluate_every: int = Field(1, ge=1, description="Epochs between validations.")
+    patience: int = Field(5, ge=1, description="Validations without a better metric before stopping.")
+    metric: str = Field("ndcg@10", description="Validation metric that chooses the checkpoint.")
+    validation_targets: int | None = Field(10_000, ge=1, description="Random part of the validation targets, fixed.")
+    filter_seen: bool = Field(True, description="Whether evaluation leaves out titles that the viewer has watched.")
+    threads: int | None = Field(None, ge=1, description="CPU threads per rank; none: all cores / local ranks.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one.")
+    autocast: bool = Field(False, description="bfloat16 for the dense part; the loss stays in float32.")
+    log_every: int = Field(20, ge=1, description="Steps between lines of metrics.jsonl.")
+
+
+class RunConfig(_Section):
+    """Everything a run depends on; written to RUN/config.yaml."""
+
+    preset: str = Field("default", description="Where the settings started from.")
+    name: str = Field("m5", description="Row name in evaluation reports.")
+    data: Path
+    out: Path
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    candidates: CandidatesConfig = CandidatesConfig()
+    sequences: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.model.attention == "bidirectional" and self.sequences.requests != 1:
+            raise ValueError("model.attention=bidirectional sees the future, so it needs sequences.requests=1")
+        if self.sequences.requests > self.sequences.history:
+            raise ValueError("sequences.requests may be at most sequences.history")
+        return self
+
+    def write(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+    @classmethod
+    def read(cls, path: Path) -> RunConfig:
+        if not path.is_file():
+            raise ConfigError(f"{path} does not exist: {path.parent} is not a run of `m5 train`.")
+        return _validated(yaml.safe_load(path.read_text()), str(path))
+
+
+def _validated(settings: dict[str, Any], where: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate(settings)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc']) or 'run'}: {item['msg']}" for item in error.errors()
+        )
+        raise ConfigError(f"{where}: {problems}.") from None
+
+
+def setting_names(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Dotted names of every setting, e.g. `model.width`."""
+    names = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += setting_names(kind, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"override '{override}' is not of the form key.sub=value, e.g. model.width=128.")
+    names = setting_names()
+    if key not in names:
+        close = difflib.get_close_matches(key, names, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"override '{override}': there is no setting '{key}'.{hint}")
+    *sections, last = key.split(".")
+    for section in sections:
+        settings = settings.setdefault(section, {})
+    settings[last] = yaml.safe_load(text)
+
+
+def load_config(preset: str, overrides: list[str], data: Path, out: Path) -> RunConfig:
+    """Preset (a name in m5/configs or a YAML file) with overrides applied.
+
+    Raises:
+        ConfigError: unknown preset, unknown key, or a value that does not fit.
+    """
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
+        raise ConfigError(f"there is no preset '{preset}'. Presets: {known}; or give a YAML file.")
+    settings: dict[str, Any] = yaml.safe_load(path.read_text()) or {}
+    settings |= {"data": str(data), "out": str(out)}
+    settings.setdefault("preset", path.stem)
+    for override in overrides:
+        _apply_override(settings, override)
+    return _validated(settings, " ".join([f"preset {preset}", *overrides]))

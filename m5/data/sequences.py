@@ -1,0 +1,312 @@
+"""Prepared dataset -> batches: slices of the memory-mapped event arrays, no Python per event.
+
+A *window* (start, last, first) of one user reads the events start .. last - 1 and asks for the events first .. last:
+position 0 stands for "before the first behaviour", position p follows event start + p - 1 and requests event start + p.
+Dimension legend in `m5.batch`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m5.batch import Batch, jagged
+from m5.config import RunConfig
+from m5.model.multi_modal_embedding import MASK, START, UNKNOWN
+from m5.model.multi_scenario_mixing import expert_rows
+from m5.schema import PreparedDataset
+
+AGE_BUCKETS = 34
+
+
+def age_bucket(seconds: np.ndarray) -> np.ndarray:
+    """int64 seconds -> int64 1 + floor(log2(1 + seconds)), at most AGE_BUCKETS - 1; bucket 0 is the start position."""
+    return np.minimum(1 + np.log2(1.0 + np.maximum(seconds, 0)), AGE_BUCKETS - 1).astype(np.int64)
+
+
+class Windows(NamedTuple):
+    """int64 arrays of event indices, one row a sequence; see the module's text."""
+
+    start: np.ndarray
+    last: np.ndarray
+    first: np.ndarray
+
+    def __getitem__(self, rows) -> Windows:
+        return Windows(self.start[rows], self.last[rows], self.first[rows])
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+class Behaviours(NamedTuple):
+    """What a user did and asks now, already as indices: an ad-hoc viewer, or rows cut from the dataset.
+
+    Rows are sequences padded on the right; position 0 is the start. Shapes [B, L] and [B, L, columns].
+    """
+
+    title: np.ndarray
+    intensity: np.ndarray
+    age: np.ndarray
+    length: np.ndarray
+
+
+class Requests(NamedTuple):
+    """Per request: flat position, sequence, target, time, scenario [P, M], context [P, .], user features [P, .]."""
+
+    position: np.ndarray
+    target: np.ndarray
+    timestamp: np.ndarray
+    scenario: np.ndarray
+    context: np.ndarray
+    user: np.ndarray
+    event: np.ndarray
+
+
+class Candidates(NamedTuple):
+    """Titles, of which the first `len(log_q)` are negatives; `place[n]` is where title n stands, -1 = absent."""
+
+    title: np.ndarray
+    log_q: np.ndarray
+    place: np.ndarray
+
+
+class BatchBuilder:
+    """Assembles batches for one model on one dataset.
+
+    Args:
+        dataset: the prepared dataset.
+        config: the run; reads `model`, `candidates` and `sequences`.
+    """
+
+    def __init__(self, dataset: PreparedDataset, config: RunConfig):
+        manifest = dataset.manifest
+        self.dataset, self.config = dataset, config
+        self.n_titles = manifest.n_titles
+        self.title = dataset.event_array("title")
+        self.timestamp = dataset.event_array("timestamp")
+        self.intensities = manifest.intensities if config.model.subsidiary else ()
+        self.intensity = [
+            intensity.bucket(dataset.event_array(f"intensity_{intensity.name}")).astype(np.uint8)
+            for intensity in self.intensities
+        ]
+        self.scenario_names = scenario_names(dataset, config)
+        self.all_scenarios = tuple(vocabulary.name for vocabulary in manifest.scenarios)
+        self.scenario = [dataset.event_array(f"scenario_{name}") for name in self.all_scenarios]
+        self.context = [dataset.event_array(f"context_{v.name}") for v in manifest.contexts]
+        self.user_features = [dataset.users[v.name].to_numpy(np.int64) for v in manifest.user_features]
+        titles = dataset.titles
+        self.cold = titles["cold"].to_numpy(bool)
+        categories = titles["category"].to_numpy(np.int64)
+        self.category = categories if config.model.categories else np.zeros_like(categories)
+        self.warm = np.flatnonzero(~self.cold)
+        weight = (titles["train_count"].to_numpy(np.float64)[self.warm] + 1) ** config.candidates.power
+        self.sampling_probability = weight / weight.sum()
+        self.expert_rows = expert_rows(config.model.mixing_width, config.model.width)
+
+    # ---- from the dataset ------------------------------------------------------------------------------------
+
+    def windows_before(self, event: np.ndarray) -> Windows:
+        """One window per target event: as much history as the model reads, one request."""
+        user = np.searchsorted(self.dataset.offsets, event, side="right") - 1
+        start = np.maximum(self.dataset.offsets[user], event - self.config.sequences.history)
+        return Windows(start, event, event)
+
+    def _behaviours(self, windows: Windows) -> Behaviours:
+        length = windows.last - windows.start + 1
+        column_L = np.arange(int(length.max()))
+        inside_BL = column_L < length[:, None]
+        behaviour_BL = inside_BL & (column_L > 0)
+        event_BL = np.where(behaviour_BL, windows.start[:, None] + column_L - 1, windows.start[:, None])
+        title = np.where(behaviour_BL, self.title[event_BL], self.n_titles + START)
+        intensity = np.stack([np.where(behaviour_BL, values[event_BL], 0) for values in self.intensity] or [title], -1)
+        # The time that passes until the request: of each position (causal), or of the one request of the sequence.
+        if self.config.model.attention == "causal":
+            request_BL = np.where(inside_BL, windows.start[:, None] + column_L, windows.start[:, None])
+        else:
+            request_BL = np.broadcast_to(windows.last[:, None], event_BL.shape)
+        age = np.where(behaviour_BL, age_bucket(self.timestamp[request_BL] - self.timestamp[event_BL]), 0)
+        return Behaviours(title.astype(np.int64), intensity.astype(np.int64), age, length)
+
+    def _requests(self, windows: Windows, columns: int) -> Requests:
+        position = np.arange(columns)
+        event_BL = windows.start[:, None] + position
+        row, column = np.nonzero((event_BL >= windows.first[:, None]) & (event_BL <= windows.last[:, None]))
+        event = event_BL[row, column]
+        user = np.searchsorted(self.dataset.offsets, windows.last, side="right")[row] - 1
+        return Requests(
+            position=row * columns + column,
+            target=self.title[event].astype(np.int64),
+            timestamp=np.asarray(self.timestamp[event]),
+            scenario=_columns(self.scenario, event),
+            context=_columns(self.context, event),
+            user=_columns(self.user_features, user),
+            event=event,
+        )
+
+    def build(self, windows: Windows, generator: np.random.Generator | None) -> Batch:
+        """Windows -> Batch.
+
+        Args:
+            windows: B sequences.
+            generator: draws candidates, dropped and masked titles for a training batch; None for evaluation, where
+                nothing is dropped and no candidate is looked up, since a query needs none.
+        """
+        behaviours = self._behaviours(windows)
+        return self.assemble(behaviours, self._requests(windows, behaviours.title.shape[1]), generator)
+
+    # ---- from indices ----------------------------------------------------------------------------------------
+
+    def catalogue(self) -> Batch:
+        """A batch whose candidates are all N titles, in order, for one request of a viewer without history."""
+        nobody = Behaviours(
+            title=np.full((1, 1), self.n_titles + START),
+            intensity=np.zeros((1, 1, len(self.intensities)), dtype=np.int64),
+            age=np.zeros((1, 1), dtype=np.int64),
+            length=np.ones(1, dtype=np.int64),
+        )
+        return self.assemble(nobody, self.ad_hoc_request(0, {}, {}, {}), None, catalogue=True)
+
+    def ad_hoc_request(
+        self, timestamp: int, scenario: dict[str, int], context: dict[str, int], user: dict[str, int]
+    ) -> Requests:
+        """One request at position 0 of the one sequence; vocabulary indices by name, 0 where not given."""
+        manifest = self.dataset.manifest
+
+        def row(vocabularies, values: dict[str, int]) -> np.ndarray:
+            return np.array([[values.get(v.name, 0) for v in vocabularies]], dtype=np.int64).reshape(1, -1)
+
+        return Requests(
+            position=np.zeros(1, dtype=np.int64),
+            target=np.zeros(1, dtype=np.int64),
+            timestamp=np.array([timestamp], dtype=np.int64),
+            scenario=row(manifest.scenarios, scenario),
+            context=row(manifest.contexts, context),
+            user=row(manifest.user_features, user),
+            event=np.full(1, -1),
+        )
+
+    def assemble(
+        self,
+        behaviours: Behaviours,
+        requests: Requests,
+        generator: np.random.Generator | None,
+        catalogue: bool = False,
+    ) -> Batch:
+        """Behaviours and requests as indices -> Batch; `build` explains the generator, `catalogue` the last."""
+        model = self.config.model
+        B, L = behaviours.title.shape
+        history = np.flatnonzero(np.arange(L) < behaviours.length[:, None])
+        title = behaviours.title.copy()
+        category = np.append(self.category, -1)[np.minimum(title, self.n_titles)]
+        masked = np.zeros(0, dtype=np.int64)
+        has_id = np.append(~self.cold, True)
+        scenario = requests.scenario
+        if generator is not None:
+            has_id[:-1] &= generator.random(self.n_titles) >= model.id_dropout
+            scenario = np.where(generator.random(scenario.shape) < model.scenario_dropout, 0, scenario)
+            if model.mlm_weight:
+                masked = self._masked_positions(title, generator)
+        hidden_title = title.flat[masked]
+        if generator is not None:
+            candidates = self._candidates(np.concatenate([requests.target, hidden_title]), generator)
+        else:
+            candidates = self._every_title() if catalogue else self._no_title()
+        title.flat[masked] = self.n_titles + MASK
+
+        def table_row(titles: np.ndarray) -> np.ndarray:
+            return np.where(has_id[np.minimum(titles, self.n_titles)], titles, self.n_titles + UNKNOWN)
+
+        sparse = {"history": table_row(title.flat[history]), "candidates": table_row(candidates.title)}
+        if model.subsidiary:
+            sparse["age"] = behaviours.age.flat[history]
+            for column, intensity in enumerate(self.intensities):
+                sparse[f"intensity_{intensity.name}"] = behaviours.intensity[..., column].flat[history]
+        manifest = self.dataset.manifest
+        for column, vocabulary in enumerate(manifest.user_features):
+            sparse[f"user_{vocabulary.name}"] = requests.user[:, column]
+        for column, vocabulary in enumerate(manifest.contexts):
+            sparse[f"context_{vocabulary.name}"] = requests.context[:, column]
+        visible = scenario[:, : len(self.scenario_names)]
+        for column, name in enumerate(self.scenario_names):
+            sparse[f"scenario_{name}"] = visible[:, column]
+        experts, group = self._experts(visible)
+        place = candidates.place[requests.target]
+        tensors = {
+            "title_BL": title,
+            "category_BL": category,
+            "history_T": history,
+            "length_B": behaviours.length,
+            "request_P": requests.position,
+            "target_P": requests.target,
+            "candidate_C": candidates.title,
+            "log_q_C": candidates.log_q.astype(np.float32),
+            "positive_P": place,
+            "own_P": np.where(place < len(candidates.log_q), place, -1),
+            "scenario_PM": visible,
+            "rights_PM": requests.scenario,
+            "group_PM": group,
+            "timestamp_P": requests.timestamp,
+            "event_P": requests.event,
+            "masked_Q": masked,
+            "masked_place_Q": candidates.place[hidden_title],
+        }
+        return Batch(
+            sparse=jagged({key: _tensor(rows) for key, rows in sparse.items()}),
+            experts=experts,
+            **{key: _tensor(values) for key, values in tensors.items()},
+        )
+
+    def _masked_positions(self, title: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        behaviour = np.flatnonzero(title.flat < self.n_titles)
+        return behaviour[generator.random(len(behaviour)) < self.config.model.mlm_share]
+
+    def _no_title(self) -> Candidates:
+        return Candidates(np.zeros(0, dtype=np.int64), np.zeros(0), np.full(self.n_titles, -1))
+
+    def _every_title(self) -> Candidates:
+        return Candidates(np.arange(self.n_titles), np.zeros(self.n_titles), np.arange(self.n_titles))
+
+    def _candidates(self, wanted: np.ndarray, generator: np.random.Generator) -> Candidates:
+        """Negatives for the batch; `wanted` titles are appended where they are none. Cold titles are no negatives."""
+        negatives, log_q = self.warm, np.zeros(len(self.warm))
+        if self.config.candidates.kind == "sampled":
+            count = self.config.candidates.count
+            drawn = np.unique(generator.choice(len(self.warm), count, p=self.sampling_probability))
+            negatives = self.warm[drawn]
+            # Expected presence of a title among `count` draws, since repeated draws count once.
+            log_q = np.log(-np.expm1(count * np.log1p(-self.sampling_probability[drawn])))
+        place = np.full(self.n_titles, -1, dtype=np.int64)
+        place[negatives] = np.arange(len(negatives))
+        missing = np.unique(wanted[place[wanted] < 0])
+        place[missing] = len(negatives) + np.arange(len(missing))
+        return Candidates(np.concatenate([negatives, missing]), log_q, place)
+
+    def _experts(self, scenario: np.ndarray):
+        """Table rows of the experts owned by the values that occur, and each request's place among them."""
+        group = np.zeros(scenario.shape, dtype=np.int64)
+        if self.config.model.mixing != "smoe" or not self.scenario_names:
+            return None, group
+        branches = ("id", "cg") if self.config.model.content else ("id",)
+        expert: dict[str, Tensor] = {}
+        for column, name in enumerate(self.scenario_names):
+            values, group[:, column] = np.unique(scenario[:, column], return_inverse=True)
+            expert[name] = _tensor((values[:, None] * self.expert_rows + np.arange(self.expert_rows)).ravel())
+        return jagged({f"{branch}_{name}": rows for branch in branches for name, rows in expert.items()}), group
+
+
+def scenario_names(dataset: PreparedDataset, config: RunConfig) -> tuple[str, ...]:
+    """Scenario dimensions that the model sees: all of the dataset's, or none for the scenario-blind control."""
+    return () if config.model.mixing == "mlp" else tuple(v.name for v in dataset.manifest.scenarios)
+
+
+def _columns(arrays: list[np.ndarray], rows: np.ndarray) -> np.ndarray:
+    if not arrays:
+        return np.zeros((len(rows), 0), dtype=np.int64)
+    return np.stack([array[rows] for array in arrays], axis=1).astype(np.int64)
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))

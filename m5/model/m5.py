@@ -1,0 +1,125 @@
+"""M5: two mirrored towers over shared tables (Zhao et al., KDD 2023, doi 10.1145/3580305.3599863).
+
+Dimension legend in `m5.batch`; X = K + 1 interests, Q = 2 D width of query and key (D without content branch).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchrec import EmbeddingCollection
+
+from m5.batch import Batch
+from m5.model.multi_interest_extraction import MultiInterestExtraction
+from m5.model.multi_modal_embedding import Embedded, MultiModalEmbedding
+from m5.model.multi_scenario_mixing import FeatureCrossing, Mixed, MultiScenarioMixing
+from m5.model.weighted_candidate_matching import WeightedCandidateMatching
+
+
+class TowerOutput(NamedTuple):
+    mixed: Mixed
+    interest_PXD: Tensor
+    h_BLD: Tensor
+
+
+class Scores(NamedTuple):
+    """What the loss and the evaluation need; score of request p and candidate c is query_PQ[p] . key_CQ[c].
+
+    `gate_P`, `expert_PA` (per branch) and `interest_PXD` (ID branch) tell the model's health; `h_BLD` feeds the
+    masked-language-model loss.
+    """
+
+    query_PQ: Tensor
+    key_CQ: Tensor
+    gate_P: Tensor
+    expert_PA: dict[str, Tensor]
+    interest_PXD: Tensor
+    h_BLD: Tensor
+    id_key_CD: Tensor
+
+
+class Tower(nn.Module):
+    """One branch: multi-interest extraction, then multi-scenario mixing."""
+
+    def __init__(self, *, extraction: MultiInterestExtraction, mixing: MultiScenarioMixing):
+        super().__init__()
+        self.extraction = extraction
+        self.mixing = mixing
+
+    def forward(self, e_BLD: Tensor, embedded: Embedded, owned_URH: list[Tensor], batch: Batch) -> TowerOutput:
+        valid_BL = torch.arange(e_BLD.shape[1], device=e_BLD.device) < batch.length_B.unsqueeze(-1)
+        interest_PXD, h_BLD = self.extraction(
+            e_BLD, embedded.subsidiary_BLF, batch.category_BL, valid_BL, batch.request_P
+        )
+        mixed = self.mixing(
+            interest_PXD,
+            embedded.feature_PFD,
+            embedded.scenario_PMD,
+            owned_URH,
+            batch.group_PM,
+            batch.scenario_PM,
+        )
+        return TowerOutput(mixed, interest_PXD, h_BLD)
+
+
+class M5(nn.Module):
+    """The bare model, without loss: this is what is evaluated and exported.
+
+    Args:
+        embedding: the multi-modal embedding layer.
+        experts: the sharded tables of the experts that scenario values own, or None.
+        expert_shape: (R, H) of one of those experts.
+        towers: `id` and, with a content branch, `cg`.
+        gate_crossing: crossed features that the branches' weight w reads.
+        matching: the weighted candidate matching layer.
+    """
+
+    def __init__(
+        self,
+        *,
+        embedding: MultiModalEmbedding,
+        experts: EmbeddingCollection | None,
+        expert_shape: tuple[int, int],
+        towers: dict[str, Tower],
+        gate_crossing: FeatureCrossing,
+        matching: WeightedCandidateMatching,
+    ):
+        super().__init__()
+        self.embedding = embedding
+        self.experts = experts
+        self.expert_shape = expert_shape
+        self.towers = nn.ModuleDict(towers)
+        self.gate_crossing = gate_crossing
+        self.matching = matching
+
+    def _owned_experts(self, batch: Batch) -> dict[str, list[Tensor]]:
+        """Per branch and scenario dimension the experts [U, R, H] of the values that occur in the batch."""
+        owned: dict[str, list[Tensor]] = {branch: [] for branch in self.towers}
+        if self.experts is not None:
+            for key, rows in self.experts(batch.experts).items():
+                owned[key.split("_")[0]].append(rows.values().view(-1, *self.expert_shape))
+        return owned
+
+    def forward(self, batch: Batch) -> Scores:
+        """Batch -> Scores."""
+        embedded = self.embedding(batch)
+        owned = self._owned_experts(batch)
+        outputs = {
+            branch: tower(e_BLD, embedded, owned[branch], batch)
+            for (branch, tower), e_BLD in zip(self.towers.items(), (embedded.id_BLD, embedded.cg_BLD), strict=False)
+        }
+        user = {branch: output.mixed.user_PD for branch, output in outputs.items()}
+        no_interest_P0D = embedded.feature_PFD[:, :0]
+        crossed_PX = self.gate_crossing(no_interest_P0D, embedded.feature_PFD, embedded.scenario_PMD)
+        query_PQ, gate_P = self.matching(user["id"], user.get("cg"), crossed_PX)
+        return Scores(
+            query_PQ=query_PQ,
+            key_CQ=self.matching.key(embedded.id_key_CD, embedded.cg_key_CD),
+            gate_P=gate_P,
+            expert_PA={branch: output.mixed.gate_PA for branch, output in outputs.items()},
+            interest_PXD=outputs["id"].interest_PXD,
+            h_BLD=outputs["id"].h_BLD,
+            id_key_CD=embedded.id_key_CD,
+        )

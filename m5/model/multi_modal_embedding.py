@@ -1,0 +1,150 @@
+"""Multi-modal embedding layer (paper: "multi-modal embedding layer"; map in README.md beside this file).
+
+A title has two embeddings:
+    E^ID(n) = row n of a sharded table, random start, trained;
+    E^CG(n) = LayerNorm(W_2 gelu(W_1 g_n)), g_n the frozen node vector that GraphSAGE pre-trained on the metagraph.
+User, scenario, context and subsidiary features are rows of tables E^SH that both branches share.
+
+Rows N, N + 1 and N + 2 of the title table are not titles: the start position, the title that has no ID embedding
+(cold, or dropped in training to teach the CG branch to carry it alone), and the masked title.
+
+Source: Zhao et al., KDD 2023, doi 10.1145/3580305.3599863; the projection and the special rows are our decisions.
+Dimension legend in `m5.batch`; G width of a content vector.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchrec import EmbeddingCollection, EmbeddingConfig
+
+from m5.batch import Batch
+
+START, UNKNOWN, MASK = 0, 1, 2  # offsets behind the last title
+SPECIAL_ROWS = 3
+
+
+class Embedded(NamedTuple):
+    """What the embedding layer hands on; the CG fields are None in a model without content branch."""
+
+    id_BLD: Tensor
+    cg_BLD: Tensor | None
+    subsidiary_BLF: Tensor
+    feature_PFD: Tensor
+    scenario_PMD: Tensor
+    id_key_CD: Tensor
+    cg_key_CD: Tensor | None
+
+
+def sharded_tables(*, n_titles: int, features: dict[str, int], width: int, device: torch.device) -> EmbeddingCollection:
+    """All tables of width D as one TorchRec collection: `title`, then one table per feature.
+
+    Args:
+        n_titles: N.
+        features: rows of each feature's table, by the key it has in `Batch.sparse`.
+    """
+    tables = [
+        EmbeddingConfig(
+            name="title",
+            num_embeddings=n_titles + SPECIAL_ROWS,
+            embedding_dim=width,
+            feature_names=["history", "candidates"],
+        )
+    ]
+    tables += [
+        EmbeddingConfig(name=name, num_embeddings=rows, embedding_dim=width, feature_names=[name])
+        for name, rows in features.items()
+    ]
+    return EmbeddingCollection(tables=tables, device=device)
+
+
+class ContentProjection(nn.Module):
+    """E^CG: frozen content vectors behind a trained projection, with learned vectors for start and mask."""
+
+    def __init__(self, *, content_NG: Tensor, width: int, device: torch.device | None = None):
+        super().__init__()
+        n_titles, content_width = content_NG.shape
+        rows = torch.cat([content_NG, content_NG.new_zeros(SPECIAL_ROWS, content_width)])
+        # Frozen and rebuilt from the prepared dataset, hence not part of the checkpoint.
+        self.register_buffer("content", rows.to(device), persistent=False)
+        self.special = nn.Parameter(torch.zeros(SPECIAL_ROWS, width, device=device))
+        self.hidden = nn.Linear(content_width, 2 * width, device=device)
+        self.output = nn.Linear(2 * width, width, device=device)
+        self.norm = nn.LayerNorm(width, device=device)
+        self.n_titles = n_titles
+
+    def forward(self, title_X: Tensor) -> Tensor:
+        """int64 [X] rows (titles, or N + special) -> float32 [X, D]."""
+        content_XG = nn.functional.embedding(title_X, self.content)
+        vector_XD = self.norm(self.output(nn.functional.gelu(self.hidden(content_XG))))
+        special_X = (title_X - self.n_titles).clamp(min=-1)
+        learned_XD = nn.functional.embedding(special_X.clamp(min=0), self.special).to(vector_XD.dtype)
+        return torch.where((special_X >= 0).unsqueeze(-1), learned_XD, vector_XD)
+
+
+class MultiModalEmbedding(nn.Module):
+    """Looks every embedding of a batch up.
+
+    Args:
+        tables: the sharded collection of `sharded_tables`.
+        content: E^CG, or None for a model without content branch.
+        subsidiary: keys of the subsidiary features, in order; empty switches decoration off.
+        features: keys of user and context features, in order.
+        scenarios: keys of the scenario features, in order.
+        dropout: probability of zeroing an element of a behaviour's title embedding in training.
+    """
+
+    def __init__(
+        self,
+        *,
+        tables: EmbeddingCollection,
+        content: ContentProjection | None,
+        subsidiary: tuple[str, ...],
+        features: tuple[str, ...],
+        scenarios: tuple[str, ...],
+        dropout: float,
+    ):
+        super().__init__()
+        self.tables = tables
+        self.content = content
+        self.subsidiary = subsidiary
+        self.features = features
+        self.scenarios = scenarios
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, batch: Batch) -> Embedded:
+        """Batch -> Embedded: [B, L, D] behaviours, [P, ., D] features, [C, D] candidate keys, float32.
+
+        `subsidiary_BLF` concatenates the S subsidiary embeddings: F = S * D. Padding positions are zero.
+        """
+        rows = {key: value.values() for key, value in self.tables(batch.sparse).items()}
+        B, L = batch.size
+        requests = batch.request_P.numel()
+        history_TD = rows["history"]
+        width = history_TD.shape[-1]
+
+        def padded(values_TX: Tensor) -> Tensor:
+            empty = values_TX.new_zeros(B * L, values_TX.shape[-1])
+            return empty.index_copy(0, batch.history_T, values_TX).view(B, L, -1)
+
+        def stacked(keys: tuple[str, ...]) -> Tensor:
+            if not keys:
+                return history_TD.new_zeros(requests, 0, width)
+            return torch.stack([rows[key] for key in keys], dim=1)
+
+        subsidiary_TF = torch.cat([rows[key] for key in self.subsidiary] or [history_TD[:, :0]], dim=-1)
+        cg_BLD = cg_key_CD = None
+        if self.content is not None:
+            cg_BLD = self.dropout(self.content(batch.title_BL.flatten())).view(B, L, width)
+            cg_key_CD = self.content(batch.candidate_C)
+        return Embedded(
+            id_BLD=self.dropout(padded(history_TD)),
+            cg_BLD=cg_BLD,
+            subsidiary_BLF=padded(subsidiary_TF),
+            feature_PFD=stacked(self.features),
+            scenario_PMD=stacked(self.scenarios),
+            id_key_CD=rows["candidates"],
+            cg_key_CD=cg_key_CD,
+        )

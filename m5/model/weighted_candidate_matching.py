@@ -1,0 +1,78 @@
+"""Weighted candidate matching layer (paper: "weighted candidate matching layer").
+
+    f^t = scale^t u^t . E^t(n),  w = sigmoid(W_2 gelu(W_1 crossed E^SH)),  p = softmax(w f^ID + (1 - w) f^CG)
+
+u^t and E^t(n) are layer-normalised or unit vectors (`score`), see `WeightedCandidateMatching`. Because w and scale
+belong to the request, the score is ONE inner product: query [w s u^ID ; (1 - w) s u^CG] against key [E^ID ; E^CG],
+which is what an index serves.
+
+Source: Zhao et al., KDD 2023; scales and normalisation are our decisions. Dimension legend in `m5.batch`; Q = 2 D.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Matching(NamedTuple):
+    """query_PQ and the ID branch's weight gate_P (1 in a model without content branch)."""
+
+    query_PQ: Tensor
+    gate_P: Tensor
+
+
+class WeightedCandidateMatching(nn.Module):
+    """Joins both branches' user vectors into the query and their embeddings into the key.
+
+    Args:
+        width: D.
+        gate_width: width of the crossed user, scenario and context features; 0 makes w one learned number.
+        score: `cosine` (unit vectors, learned scale) or `dot` (plain inner product).
+        content: False for a model without content branch.
+    """
+
+    def __init__(
+        self,
+        *,
+        gate_width: int,
+        score: Literal["cosine", "dot"],
+        content: bool,
+        device: torch.device | None = None,
+    ):
+        super().__init__()
+        self.cosine, self.content = score == "cosine", content
+        branches = 2 if content else 1
+        # Cosines in -1..1 need a scale near log(N) to make a peaked softmax; 12 is where training settles anyway.
+        start = math.log(12.0) if self.cosine else 0.0
+        self.log_scale = nn.Parameter(torch.full((branches,), start, device=device))
+        self.gate_bias = nn.Parameter(torch.zeros(1, device=device)) if content else None
+        self.gate_hidden = nn.Linear(gate_width, 32, device=device) if content and gate_width else None
+        self.gate_output = nn.Linear(32, 1, bias=False, device=device) if content and gate_width else None
+
+    def _branch(self, x_XD: Tensor) -> Tensor:
+        return functional.normalize(x_XD.float(), dim=-1) if self.cosine else x_XD.float()
+
+    def key(self, id_ND: Tensor, cg_ND: Tensor | None) -> Tensor:
+        """[N, D] and [N, D] (None without content) -> float32 [N, Q]."""
+        if cg_ND is None:
+            return self._branch(id_ND)
+        return torch.cat([self._branch(id_ND), self._branch(cg_ND)], dim=-1)
+
+    def forward(self, id_PD: Tensor, cg_PD: Tensor | None, crossed_PX: Tensor) -> Matching:
+        """User vectors [P, D] of both branches and crossed features [P, X] -> Matching, float32."""
+        scale = self.log_scale.float().exp()
+        if cg_PD is None:
+            return Matching(scale[0] * self._branch(id_PD), torch.ones(id_PD.shape[0], device=id_PD.device))
+        logit_P1 = self.gate_bias.expand(id_PD.shape[0], 1)
+        if self.gate_hidden is not None:
+            logit_P1 = logit_P1 + self.gate_output(functional.gelu(self.gate_hidden(crossed_PX)))
+        gate_P1 = torch.sigmoid(logit_P1.float())
+        query_PQ = torch.cat(
+            [gate_P1 * scale[0] * self._branch(id_PD), (1 - gate_P1) * scale[1] * self._branch(cg_PD)], dim=-1
+        )
+        return Matching(query_PQ, gate_P1.squeeze(-1))
