@@ -65,7 +65,7 @@ class FeatureCrossing(nn.Module):
         super().__init__()
         self.scenario_projection = nn.Linear(scenarios * width, width, device=device) if scenarios else None
         self.feature_projection = nn.Linear(width, width, device=device) if scenarios else None
-        crossed = interests + features if scenarios else 0
+        crossed = features if scenarios else 0
         self.output_width = (interests + features + scenarios + crossed) * width
 
     def forward(self, interest_PXD: Tensor, feature_PFD: Tensor, scenario_PMD: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class FeatureCrossing(nn.Module):
         parts = [interest_PXD, feature_PFD.to(interest_PXD.dtype), scenario_PMD.to(interest_PXD.dtype)]
         if self.scenario_projection is not None:
             scenario_PD = self.scenario_projection(scenario_PMD.flatten(1))
-            parts.append(self.feature_projection(torch.cat(parts[:2], dim=1)) * scenario_PD.unsqueeze(1))
+            parts.append(self.feature_projection(parts[1]) * scenario_PD.unsqueeze(1))
         return torch.cat(parts, dim=1).flatten(1)
 
 
