@@ -5,7 +5,8 @@
 `log Q_c` is the log expected number of draws of a sampled candidate (Bengio & Senecal 2008; Yi et al., RecSys 2019,
 doi 10.1145/3298689.3346996) and 0 for the full catalogue. Logits are made chunk by chunk; the gradient of a chunk is
 taken while its probabilities are still in cache, so that forward and backward together need three matrix products and
-no second pass. Dimension legend in `m5.batch`; Q width of query and key.
+no second pass. The products may run in bfloat16; the score of the target, the log-sum-exp and all sums stay in
+float32. Dimension legend in `m5.batch`; Q width of query and key.
 """
 
 from __future__ import annotations
@@ -29,16 +30,18 @@ class _CandidateSoftmax(torch.autograd.Function):
     """Mean loss over the requests; gradients are computed in forward and scaled in backward."""
 
     @staticmethod
-    def forward(ctx, query_PQ, key_CQ, positive_PQ, log_q_C, own_P, playable):
+    def forward(ctx, query_PQ, key_CQ, positive_PQ, log_q_C, own_P, playable, precision):
         requests, candidates = query_PQ.shape[0], key_CQ.shape[0]
         query_grad, positive_grad = torch.empty_like(query_PQ), torch.empty_like(positive_PQ)
         key_grad = torch.zeros_like(key_CQ)
         loss_P = query_PQ.new_empty(requests)
+        factor_CQ = key_CQ.to(precision)
         rows = max(1, CHUNK_ELEMENTS // candidates)
         for first in range(0, requests, rows):
             part = slice(first, min(first + rows, requests))
             query, positive, own = query_PQ[part], positive_PQ[part], own_P[part]
-            logits = query @ key_CQ.T
+            factor = query.to(precision)
+            logits = (factor @ factor_CQ.T).float()
             logits -= log_q_C
             if playable is not None:
                 logits.masked_fill_(~playable(part), -torch.inf)
@@ -50,18 +53,18 @@ class _CandidateSoftmax(torch.autograd.Function):
             positive_exp = (score - largest).exp()
             total = logits.sum(-1) + positive_exp
             loss_P[part] = total.log() + largest - score
-            logits.div_(total.unsqueeze(-1))
+            probability = logits.div_(total.unsqueeze(-1)).to(precision)
             residual = (positive_exp / total - 1).unsqueeze(-1)
-            query_grad[part] = torch.addmm(residual * positive, logits, key_CQ)
+            query_grad[part] = (probability @ factor_CQ).float().addcmul_(residual, positive)
             positive_grad[part] = residual * query
-            key_grad.addmm_(logits.T, query)
+            key_grad += probability.T @ factor
         ctx.save_for_backward(query_grad, key_grad, positive_grad)
         return loss_P.sum()
 
     @staticmethod
     def backward(ctx, grad):
         query_grad, key_grad, positive_grad = ctx.saved_tensors
-        return grad * query_grad, grad * key_grad, grad * positive_grad, None, None, None
+        return grad * query_grad, grad * key_grad, grad * positive_grad, None, None, None, None
 
 
 def candidate_softmax(
@@ -72,6 +75,7 @@ def candidate_softmax(
     log_q_C: Tensor,
     own_P: Tensor,
     playable: PlayableRows | None = None,
+    precision: torch.dtype = torch.float32,
 ) -> Tensor:
     """Sum over the requests of the softmax cross-entropy.
 
@@ -82,6 +86,7 @@ def candidate_softmax(
         log_q_C: float32 [C], subtracted from the candidates' logits; 0 for the full catalogue.
         own_P: int64 [P], the candidate that is the target itself, -1 where there is none.
         playable: rows -> bool [rows, C]; a title that the viewer may not play is no negative. None: all are.
+        precision: of the three matrix products.
 
     Returns:
         float32 scalar in nats.
@@ -89,7 +94,7 @@ def candidate_softmax(
     # Inside autocast the products would come out in bf16; the logits' log-sum-exp is kept in float32.
     with torch.autocast(query_PQ.device.type, enabled=False):
         return _CandidateSoftmax.apply(
-            query_PQ.float(), key_CQ.float(), positive_PQ.float(), log_q_C, own_P, playable
+            query_PQ.float(), key_CQ.float(), positive_PQ.float(), log_q_C, own_P, playable, precision
         )
 
 
@@ -100,15 +105,24 @@ class M5Train(nn.Module):
         model: the bare model.
         playable: (rights [P, M], time [P], candidates [C]) -> bool [P, C], or None where nothing restricts playing.
         mlm_weight: lambda; 0 for causal attention, where every position already is a target.
+        width: D, for the masked-language-model head.
+        precision: of the matrix products of the candidate softmax.
     """
 
     def __init__(
-        self, *, model: M5, playable: Callable[[Tensor, Tensor, Tensor], Tensor] | None, mlm_weight: float, width: int
+        self,
+        *,
+        model: M5,
+        playable: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+        mlm_weight: float,
+        width: int,
+        precision: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.model = model
         self.playable = playable
         self.mlm_weight = mlm_weight
+        self.precision = precision
         self.mlm_projection = nn.Linear(width, width) if mlm_weight else None
 
     def forward(self, batch: Batch) -> tuple[Tensor, Scores]:
@@ -126,6 +140,7 @@ class M5Train(nn.Module):
             log_q_C=batch.log_q_C,
             own_P=batch.own_P,
             playable=playable_rows if self.playable is not None else None,
+            precision=self.precision,
         )
         if self.mlm_projection is not None and batch.masked_Q.numel():
             loss = loss + self.mlm_weight * self._masked_title_loss(batch, scores)

@@ -79,14 +79,15 @@ class Trainer:
             raise DataError(f"{config.data}: no event lies in the training period, so there is nothing to train on.")
         self.model = self._sharded_model()
         # The unsharded twin that validation scores with, on the first rank.
-        self.twin = Predictor(
-            build_model(self.dataset, config).to(place.device), self.builder, config, place.device
-        )
+        self.twin = Predictor(build_model(self.dataset, config).to(place.device), self.builder, config, place.device)
         self.dense = dense_parameters(self.model)
         matrices = [p for p in self.dense.values() if p.ndim > 1]
         others = [p for p in self.dense.values() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            [
+                {"params": matrices, "weight_decay": config.optimizer.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
             lr=config.optimizer.lr,
             fused=True,
         )
@@ -105,6 +106,7 @@ class Trainer:
             playable=playable if eligibility is not None else None,
             mlm_weight=config.model.mlm_weight,
             width=config.model.width,
+            precision=getattr(torch, config.candidates.precision),
         )
         return distribute(model, config, self.place)
 

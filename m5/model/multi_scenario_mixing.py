@@ -138,8 +138,7 @@ class SplitMixture(nn.Module):
         gate_PA = torch.softmax(self.gate(torch.cat([x_PI, scenario_PX.to(x_PI.dtype)], dim=-1)).float(), dim=-1)
         outputs = [expert(x_PI) for expert in self.shared]
         outputs += [
-            owned_expert(x_PI, weight_URH, group_PM[:, m], self.output_width)
-            for m, weight_URH in enumerate(owned_URH)
+            owned_expert(x_PI, weight_URH, group_PM[:, m], self.output_width) for m, weight_URH in enumerate(owned_URH)
         ]
         weight_PA = gate_PA.to(x_PI.dtype)
         user_PD = sum(weight_PA[:, a : a + 1] * output_PD for a, output_PD in enumerate(outputs))

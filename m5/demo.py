@@ -1,0 +1,62 @@
+"""`m5 demo`: the whole main job on the synthetic world, from raw tables to recommendations on two plans."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from m5.config import load_config
+from m5.schema import PreparedDataset
+
+CONTROLS = {"m5-id-only": ["model.content=[]"], "m5-mlp": ["model.mixing=mlp"]}
+
+
+def run_demo(folder: Path, *, users: int = 5000, titles: int = 1000, events: int = 200_000, seed: int = 0) -> None:
+    """Generate, prepare, encode, train M5 and two controls, evaluate, recommend; everything goes below `folder`.
+
+    Args:
+        folder: e.g. runs/demo; evaluation.json is left in it.
+        users, titles, events, seed: of the synthetic world.
+    """
+    from data_prep.prepare import prepare_all
+    from data_prep.sources.synthetic import generate
+    from data_prep.sources.tables import load
+    from m5.evaluate import evaluate_run
+    from m5.train import train
+
+    folder.mkdir(parents=True, exist_ok=True)
+    raw, data = folder / "raw", folder / "data"
+    began = time.monotonic()
+
+    def stage(text: str) -> None:
+        print(f"\n[{time.monotonic() - began:4.0f} s] {text}", file=sys.stderr, flush=True)
+
+    stage(f"a synthetic streaming world: {users:,} viewers, {titles:,} titles, {events:,} events")
+    generate(out=raw, users=users, titles=titles, events=events, seed=seed)
+    stage("prepare: validate, encode text and artwork, pre-train the metagraph's embeddings")
+    prepare_all(load(raw / "dataset.yaml"), data, image_weights="random")
+    for name, overrides in ({"m5": []} | CONTROLS).items():
+        stage(f"train {name}")
+        train(load_config("demo", [f"name={name}", f"seed={seed}", *overrides], data, folder / name))
+    stage("evaluate on the test period, which training has not seen")
+    evaluate_run(folder / "m5", json_path=folder / "evaluation.json", rows={name: folder / name for name in CONTROLS})
+    stage("recommendations for one viewer on two plans")
+    recommend_on_plans(folder / "m5")
+    stage(f"done; the results are in {folder / 'evaluation.json'}")
+
+
+def recommend_on_plans(run: Path, *, k: int = 8) -> None:
+    """Print what the most active test viewer gets on the first and on the last plan."""
+    from m5.predict import Predictor
+    from m5.recommend import Viewer, known_viewer, print_viewer
+
+    predictor = Predictor.load(run)
+    dataset: PreparedDataset = predictor.dataset
+    plan = next(v for v in dataset.manifest.scenarios if v.name == "plan")
+    viewer = known_viewer(dataset, dataset.users["user_id"].iloc[int(np.argmax(np.diff(dataset.offsets)))])
+    for value in (plan.values[0], plan.values[-1]):
+        scenario = viewer.scenario | {"plan": plan.index(value)}
+        print_viewer(predictor, Viewer(**{**vars(viewer), "scenario": scenario}), k=k)

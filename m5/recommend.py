@@ -1,0 +1,227 @@
+"""Recommendations for one viewer: a known user, or an ad-hoc history, in a scenario; never a title they may not play."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from m5.data.sequences import Behaviours, Requests, age_bucket
+from m5.eligibility import Eligibility
+from m5.model.multi_modal_embedding import START
+from m5.predict import Predictor
+from m5.schema import DataError, PreparedDataset
+
+
+@dataclass(frozen=True)
+class Viewer:
+    """Who asks: watched titles, oldest first, with timestamps and raw intensities by kind, and the request.
+
+    Attributes:
+        title: int64 [n] title indices.
+        timestamp: int64 [n] seconds.
+        intensity: kind -> float32 [n], NaN = not given.
+        scenario, context, user: vocabulary indices by name; a missing name is the unknown value.
+        at: time of the request in seconds.
+    """
+
+    title: np.ndarray
+    timestamp: np.ndarray
+    intensity: dict[str, np.ndarray]
+    scenario: dict[str, int]
+    context: dict[str, int]
+    user: dict[str, int]
+    at: int
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One line of the answer; `cold` titles were never watched in the training period."""
+
+    title_id: str
+    title: str
+    category: str
+    score: float
+    cold: bool
+
+
+def known_viewer(dataset: PreparedDataset, user: str) -> Viewer:
+    """A user of the dataset with all of their events; the request comes in the scenario of the last one."""
+    rows = np.flatnonzero(dataset.users["user_id"].astype(str).to_numpy() == user)
+    if not len(rows):
+        examples = ", ".join(dataset.users["user_id"].astype(str).head(3))
+        raise DataError(f"--user {user}: no such user in {dataset.folder}. Known users are e.g. {examples}.")
+    first, last = dataset.offsets[rows[0]], dataset.offsets[rows[0] + 1]
+    events = np.arange(first, last)
+    manifest = dataset.manifest
+
+    def latest(kind: str, vocabularies) -> dict[str, int]:
+        return (
+            {v.name: int(dataset.event_array(f"{kind}_{v.name}")[last - 1]) for v in vocabularies}
+            if last > first
+            else {}
+        )
+
+    return Viewer(
+        title=np.asarray(dataset.event_array("title")[events], dtype=np.int64),
+        timestamp=np.asarray(dataset.event_array("timestamp")[events]),
+        intensity={
+            i.name: np.asarray(dataset.event_array(f"intensity_{i.name}")[events]) for i in manifest.intensities
+        },
+        scenario=latest("scenario", manifest.scenarios),
+        context=latest("context", manifest.contexts),
+        user={v.name: int(dataset.users[v.name].iloc[rows[0]]) for v in manifest.user_features},
+        at=latest_time(dataset),
+    )
+
+
+def ad_hoc_viewer(dataset: PreparedDataset, history: str) -> Viewer:
+    """A viewer who watched `history`: names or ids separated by ";", oldest first, one a day until now."""
+    names = [name.strip() for name in history.split(";") if name.strip()]
+    title = np.array([find_title(dataset, name) for name in names], dtype=np.int64)
+    at = latest_time(dataset)
+    return Viewer(
+        title=title,
+        timestamp=at - 86_400 * np.arange(len(title), 0, -1),
+        intensity={i.name: np.full(len(title), np.nan, dtype=np.float32) for i in dataset.manifest.intensities},
+        scenario={},
+        context={},
+        user={},
+        at=at,
+    )
+
+
+def latest_time(dataset: PreparedDataset) -> int:
+    """The dataset's "now": the time of its last event."""
+    return int(np.max(dataset.event_array("timestamp")))
+
+
+def find_title(dataset: PreparedDataset, name: str) -> int:
+    """Index of the title with this id or name, letter case aside.
+
+    Raises:
+        DataError: no such title, with the closest names.
+    """
+    titles = dataset.titles
+    for column in ("title_id", "title"):
+        rows = np.flatnonzero(titles[column].str.lower().to_numpy() == name.lower())
+        if len(rows):
+            return int(rows[0])
+    close = difflib.get_close_matches(name, titles["title"].tolist(), n=3, cutoff=0.5)
+    hint = f"Closest: {'; '.join(close)}." if close else "Title ids work too."
+    raise DataError(f"--history: no title is called '{name}' in {dataset.folder}. {hint}")
+
+
+def scenario_indices(dataset: PreparedDataset, scenario: dict[str, str]) -> dict[str, int]:
+    """Raw values by scenario name -> vocabulary indices.
+
+    Raises:
+        DataError: a scenario or value that the dataset does not have.
+    """
+    known = {vocabulary.name: vocabulary for vocabulary in dataset.manifest.scenarios}
+    indices = {}
+    for name, value in scenario.items():
+        if name not in known:
+            raise DataError(
+                f"--scenario {name}={value}: the dataset has no such scenario; it has {', '.join(known) or 'none'}."
+            )
+        if value not in known[name].values:
+            shown = ", ".join(known[name].values[:20])
+            raise DataError(f"--scenario {name}={value}: unknown value; known are {shown}.")
+        indices[name] = known[name].index(value)
+    return indices
+
+
+def recommend_titles(predictor: Predictor, viewer: Viewer, *, k: int, filter_seen: bool = True) -> list[Recommendation]:
+    """The k best playable titles; fewer where the viewer may not play as many."""
+    dataset, builder = predictor.dataset, predictor.builder
+    request = builder.ad_hoc_request(viewer.at, viewer.scenario, viewer.context, viewer.user)
+    behaviours, position = _behaviours(predictor, viewer)
+    batch = builder.assemble(behaviours, request._replace(position=position), None)
+    score_N = (predictor.forward(batch).query_PQ @ predictor.key_NQ.T)[0].cpu()
+    playable_N = torch.ones(len(score_N), dtype=torch.bool)
+    eligibility = Eligibility.from_dataset(dataset, torch.device("cpu"))
+    if eligibility is not None:
+        playable_N = eligibility.mask(batch.rights_PM, batch.timestamp_P)[0]
+    if filter_seen:
+        playable_N[torch.from_numpy(viewer.title)] = False
+    score_N[~playable_N] = -torch.inf
+    best = torch.topk(score_N, min(k, int(playable_N.sum())))
+    titles, categories = dataset.titles, dataset.manifest.categories
+    return [
+        Recommendation(
+            title_id=row.title_id,
+            title=row.title,
+            category=categories.values[row.category - 1] if row.category else "",
+            score=score,
+            cold=bool(row.cold),
+        )
+        for row, score in zip(titles.iloc[best.indices.numpy()].itertuples(), best.values.tolist(), strict=True)
+    ]
+
+
+def _behaviours(predictor: Predictor, viewer: Viewer) -> tuple[Behaviours, np.ndarray]:
+    """The viewer's recent history as one sequence, and the flat position of the request at its end."""
+    builder = predictor.builder
+    recent = slice(max(0, len(viewer.title) - predictor.config.sequences.history), None)
+    title, timestamp = viewer.title[recent], viewer.timestamp[recent]
+    following = np.append(timestamp[1:], viewer.at)
+    until = following if predictor.config.model.attention == "causal" else np.full_like(timestamp, viewer.at)
+    intensity = [i.bucket(viewer.intensity[i.name][recent]) for i in builder.intensities]
+    behaviours = Behaviours(
+        title=np.append(builder.n_titles + START, title)[None],
+        intensity=np.stack([np.append(0, values) for values in intensity] or [np.zeros(len(title) + 1, int)], -1)[None],
+        age=np.append(0, age_bucket(until - timestamp))[None],
+        length=np.array([len(title) + 1]),
+    )
+    return behaviours, np.array([len(title)])
+
+
+def recommend(
+    run: Path,
+    *,
+    user: str | None = None,
+    history: str | None = None,
+    scenario: dict[str, str] | None = None,
+    k: int = 20,
+    filter_seen: bool = True,
+) -> None:
+    """Print recommendations of RUN for a user or a history.
+
+    Raises:
+        DataError: neither or both given, unknown user, title or scenario, or no trained run.
+    """
+    if (user is None) == (history is None):
+        raise DataError('give either --user ID or --history "title;title".')
+    predictor = Predictor.load(run)
+    viewer = (
+        known_viewer(predictor.dataset, user) if user is not None else ad_hoc_viewer(predictor.dataset, history or "")
+    )
+    chosen = viewer.scenario | scenario_indices(predictor.dataset, scenario or {})
+    viewer = Viewer(**{**vars(viewer), "scenario": chosen})
+    print_viewer(predictor, viewer, k=k, filter_seen=filter_seen)
+
+
+def print_viewer(predictor: Predictor, viewer: Viewer, *, k: int, filter_seen: bool = True) -> None:
+    """A table of the viewer's last watches and of what comes next."""
+    dataset = predictor.dataset
+    place = ", ".join(
+        f"{v.name}={v.values[viewer.scenario[v.name] - 1] if viewer.scenario.get(v.name) else 'unknown'}"
+        for v in dataset.manifest.scenarios
+    )
+    console = Console()
+    watched = "; ".join(dataset.titles["title"].iloc[viewer.title[-5:]]) or "nothing yet"
+    console.print(f"Last watched: {watched}", markup=False, highlight=False)
+    table = Table(title=f"Recommended{f' ({place})' if place else ''}", title_justify="left")
+    for column in ("#", "id", "title", "category", "score"):
+        table.add_column(column, justify="right" if column in "#score" else "left")
+    for rank, item in enumerate(recommend_titles(predictor, viewer, k=k, filter_seen=filter_seen), start=1):
+        table.add_row(
+            str(rank), item.title_id, item.title + (" (new)" if item.cold else ""), item.category, f"{item.score:.3f}"
+        )
+    console.print(table)
