@@ -13,6 +13,7 @@ are marginalised.
     title_theme      int16 [N]
     title_probability float32 [R, P, W, N]   c(i): probability of a title within its theme; 0 where not playable
     theme_appeal     float32 [R, P, W, G]    log factor on a viewer's weights
+    spill            float64 [G, G]          from an interest's theme to the theme of the title
     noise_theme      float64 [G]             theme shares of accidental clicks
     noise, persistence float64 []            probability of an accidental click; of staying with the last interest
     interest_theme   int8 [U, S]             a viewer's themes; -1 = fewer than S
@@ -23,7 +24,7 @@ are marginalised.
 With pi_k proportional to weight_k exp(appeal of k's theme), and p(k) = pi_k for a viewer's first event, else
 persistence [k = previous] + (1 - persistence) pi_k:
 
-    P(i) proportional to c(i) ((1 - noise) sum_{k : theme_k = theme_i} p(k) + noise noise_theme[theme_i])   (unseen i)
+    P(i) proportional to c(i) ((1 - noise) sum_k p(k) spill[theme_k, theme_i] + noise noise_theme[theme_i])   (unseen i)
 """
 
 from __future__ import annotations
@@ -95,10 +96,8 @@ class OracleScorer:
         stays = np.where(previous >= 0, float(truth["persistence"]), 0.0)
         share *= (1 - stays)[:, None]
         share[row, np.maximum(previous, 0)] += stays
-        noise = float(truth["noise"])
-        probability = np.tile(noise * truth["noise_theme"], (len(row), 1))
-        np.add.at(probability, (row[:, None], theme), (1 - noise) * share)
-        return probability
+        followed = np.einsum("bs,bsg->bg", share, truth["spill"][theme])
+        return (1 - truth["noise"]) * followed + truth["noise"] * truth["noise_theme"]
 
     def score(self, event_index: np.ndarray) -> np.ndarray:
         """True probability of every title at the requests that the target events answer.

@@ -128,7 +128,7 @@ def _cap(titles: int) -> int:
 
 def _lengths(rng: np.random.Generator, users: int, titles: int, events: int) -> np.ndarray:
     """int [users]: how many events each viewer has; long-tailed, at least 1, `events` in all but for the cap."""
-    activity = rng.gamma(1.6, 1.0, users)
+    activity = rng.gamma(2.5, 1.0, users)
     return np.minimum(1 + rng.multinomial(events - users, activity / activity.sum()), _cap(titles))
 
 
@@ -335,6 +335,7 @@ def _write_truth(
         title_theme=world.catalogue.theme.astype(np.int16),
         title_probability=world.title_probability,
         theme_appeal=world.theme_appeal,
+        spill=world.spill,
         noise_theme=world.noise_theme,
         noise=np.float64(world.noise),
         persistence=np.float64(world.persistence),

@@ -27,206 +27,206 @@ _VOCABULARY = {
     "crime": """
 series | police procedural
     a homicide detective; two patrol partners; a forensic examiner
-    investigates murders across the precinct; follows fingerprints to a killer; reopens a cold case
+    investigate murders across the precinct; follow fingerprints to a killer; reopen a cold case
     Precinct; Evidence; Suspect; Badge
 series | courtroom drama
     a defence lawyer; a young prosecutor; a weary judge
-    argues an impossible trial; cross-examines a lying witness; fights a wrongful conviction
+    argue an impossible trial; cross-examine a lying witness; fight a wrongful conviction
     Verdict; Jury; Objection; Appeal
 movie | bank heist
     a retired safecracker; a crew of thieves; a getaway driver
-    plans one last robbery; breaks into a casino vault; steals diamonds under the guards' eyes
+    plan one last robbery; break into a casino vault; steal diamonds under the guards' eyes
     Vault; Heist; Getaway; Diamonds
 movie | mafia saga
     a mob boss; an heir of the family; an undercover informant
-    fights for control of the rackets; betrays the godfather; launders money for the syndicate
+    fight for control of the rackets; betray the godfather; launder money for the syndicate
     Godson; Syndicate; Omerta; Racket""",
     "science fiction": """
 series | space opera
     a starship captain; a rebel pilot; an alien ambassador
-    crosses the galaxy between warring empires; defends a colony on a distant moon; discovers an abandoned orbital fleet
+    cross the galaxy between warring empires; defend a colony on a distant moon; discover an abandoned orbital fleet
     Nebula; Starfall; Orbit; Armada
 series | time travel
     a physicist; a stranded time agent; a watchmaker's daughter
-    wakes in the wrong century; repairs a broken timeline; meets her own future self in a loop
+    wake in the wrong century; repair a broken timeline; meet her own future self in a loop
     Paradox; Chronicle; Yesterday; Loop
 movie | robots and minds
     an android; a programmer; an artificial intelligence
-    becomes conscious in the laboratory; asks what makes a machine human; leads an uprising of robots
+    become conscious in the laboratory; ask what makes a machine human; lead an uprising of robots
     Circuit; Automaton; Signal; Machine
 movie | after the collapse
     the last survivors; a scavenger; a mother in the wasteland
-    searches for water in a ruined city; escapes raiders after the nuclear war; carries the vaccine through the dead zones
+    search for water in a ruined city; escape raiders after the nuclear war; carry the vaccine through the dead zones
     Ashes; Wasteland; Fallout; Remnant""",
     "romance": """
 series | office love
     an intern; a shy architect; two rival editors
-    falls in love with a colleague; hides a relationship from the whole office; writes anonymous love letters at work
+    fall in love with a colleague; hide a relationship from the whole office; write anonymous love letters at work
     Desk; Valentine; Coffee; Promotion
 series | second chances
     a divorced florist; a widower; high-school sweethearts
-    finds love again after forty; returns to the first love; learns to date with grown children
+    find love again after forty; return to the first love; learn to date with grown children
     Bouquet; Again; Reunion; Letters
 movie | wedding comedy
     a wedding planner; a runaway bride; the best man
-    chases the wrong groom to the altar; saves a disastrous ceremony; falls for the bridesmaid
+    chase the wrong groom to the altar; save a disastrous ceremony; fall for the bridesmaid
     Bride; Altar; Bouquet Toss; Vows
 movie | summer abroad
     a backpacking student; a lonely chef; a travel writer
-    spends a summer romance by the sea; kisses a stranger on an island; misses the last ferry home together
+    spend a summer romance by the sea; kiss a stranger on an island; miss the last ferry home together
     Summer; Island; Ferry; Sunset""",
     "comedy": """
 series | flatmates
     three flatmates; a hopeless landlord; unemployed friends
-    shares a tiny apartment and its rent; argues about the dishes; hides a dog from the landlord
+    share a tiny apartment and its rent; argue about the dishes; hide a dog from the landlord
     Sofa; Flat; Roommates; Rent
 series | workplace satire
     a clueless manager; bored employees; the human resources team
-    survives pointless meetings; competes for the parking space; launches an absurd product
+    survive pointless meetings; compete for the parking space; launch an absurd product
     Meeting; Cubicle; Memo; Boss
 movie | road trip farce
     two idiots; a bickering family; a bachelor party
-    drives across the country in a stolen van; loses the luggage and the groom; misses every motorway exit
+    drive across the country in a stolen van; lose the luggage and the groom; miss every motorway exit
     Highway; Detour; Van; Luggage
 movie | parody
     a bumbling secret agent; the worst knight; a fake superhero
-    spoofs spy films with slapstick; ruins every mission by accident; mocks the clichés of blockbusters
+    spoof spy films with slapstick; ruin every mission by accident; mock the clichés of blockbusters
     Spoof; Blunder; Agent Zero; Disguise""",
     "horror": """
 series | haunted house
     a family; a paranormal investigator; a night nurse
-    moves into a house full of ghosts; hears whispers in the cellar; uncovers a seance gone wrong
+    move into a house full of ghosts; hear whispers in the cellar; uncover a seance gone wrong
     Haunting; Cellar; Whisper; Manor
 series | vampires
     an ancient vampire; a village priest; a sleepless student
-    feeds on blood by moonlight; hunts the undead in a crypt; resists an immortal lover
+    feed on blood by moonlight; hunt the undead in a crypt; resist an immortal lover
     Crypt; Fang; Bloodline; Dusk
 movie | slasher
     a masked killer; camp counsellors; the last girl
-    stalks teenagers with a knife; survives the night of the massacre; runs through the woods from an axe
+    stalk teenagers with a knife; survive the night of the massacre; run through the woods from an axe
     Massacre; Mask; Blade; Scream
 movie | creatures
     a giant spider swarm; a diver; scientists at the pole
-    awakens a monster from the deep; fights parasites in an arctic station; flees a beast in the tunnels
+    awaken a monster from the deep; fight parasites in an arctic station; flee a beast in the tunnels
     Beast; Swarm; Abyss; Parasite""",
     "documentary": """
 series | wildlife
     a film crew; a pride of lions; migrating whales
-    follows animals through the savannah; records rare birds in the rainforest; observes predators and their young
+    follow animals through the savannah; record rare birds in the rainforest; observe predators and their young
     Savannah; Wild; Migration; Reef
 series | true science
     astronomers; a brain surgeon; volcanologists
-    explains black holes and telescopes; looks inside the living brain; measures an erupting volcano
+    explain black holes and telescopes; look inside the living brain; measure an erupting volcano
     Cosmos; Neuron; Crater; Element
 movie | food and travel
     a street cook; a baker; a wine grower
-    tastes the kitchens of the world; bakes bread by the old recipes; harvests grapes in the valley
+    taste the kitchens of the world; bake bread by the old recipes; harvest grapes in the valley
     Kitchen; Harvest; Spice; Bread
 movie | business and power
     a whistleblower; bankers; a start-up founder
-    exposes corporate fraud; explains the financial crash; follows the money behind the election
+    expose corporate fraud; explain the financial crash; follow the money behind the election
     Fraud; Market; Ledger; Empire""",
     "fantasy": """
 series | dragons and thrones
     an exiled queen; a dragon rider; rival houses
-    fights for the throne with swords; hatches the last dragon; marches an army to the wall
+    fight for the throne with swords; hatch the last dragon; march an army to the wall
     Throne; Dragon; Crown; Sword
 series | school of magic
     an apprentice wizard; a young witch; a forgetful sorcerer
-    learns spells at the academy; brews a forbidden potion; opens the book of enchantments
+    learn spells at the academy; brew a forbidden potion; open the book of enchantments
     Spell; Wand; Academy; Potion
 movie | fairy tale
     a princess; a woodcutter's son; a talking fox
-    breaks an old curse in the forest; bargains with the fairies; searches for the glass castle
+    break an old curse in the forest; bargain with the fairies; search for the glass castle
     Curse; Fairy; Castle; Thorn
 movie | mythic heroes
     a demigod; a shieldmaiden; the thief of Olympus
-    challenges the gods and the minotaur; sails to the underworld; steals fire from the titans
+    challenge the gods and the minotaur; sail to the underworld; steal fire from the titans
     Olympus; Titan; Odyssey; Oracle Stone""",
     "drama": """
 series | hospital
     a surgeon; emergency nurses; a young resident
-    saves patients in the emergency room; operates through the night; faces an epidemic on the ward
+    save patients in the emergency room; operate through the night; face an epidemic on the ward
     Ward; Pulse; Surgery; Shift
 series | family dynasty
     a publishing dynasty; three sisters; the black sheep
-    fights over the inheritance; hides a family secret for decades; sells the estate behind the father's back
+    fight over the inheritance; hide a family secret for decades; sell the estate behind the father's back
     Inheritance; Estate; Sisters; Heir
 movie | immigrant lives
     a seamstress; a refugee boy; a taxi driver
-    crosses the border for a new life; learns the language of a foreign city; sends money to the village
+    cross the border for a new life; learn the language of a foreign city; send money to the village
     Border; Harbour; Passport; Crossing
 movie | illness and grief
     a cellist; a dying father; a hospice volunteer
-    says goodbye to a loved one; learns to live with loss; writes a last diary
+    say goodbye to a loved one; learn to live with loss; write a last diary
     Farewell; Diary; Silence; Winter""",
     "history": """
 series | royal court
     a young empress; a court poet; the king's mistress
-    survives intrigues at the palace; arranges royal marriages; plots against the regent in corsets and candlelight
+    survive intrigues at the palace; arrange royal marriages; plot against the regent in corsets and candlelight
     Palace; Empress; Regent; Court
 series | ancient rome
     a gladiator; a senator; a slave girl
-    fights in the arena; conspires against the emperor; marches with the legions
+    fight in the arena; conspire against the emperor; march with the legions
     Legion; Arena; Caesar; Senate
 movie | world war
     a tank crew; resistance fighters; a field medic
-    storms the beach under fire; hides from soldiers in the occupied town; holds the trench till dawn
+    storm the beach under fire; hide from soldiers in the occupied town; hold the trench till dawn
     Trench; Battalion; Front; Armistice
 movie | explorers at sea
     a ship's captain; a cartographer; a mutinous crew
-    sails around the cape for spices; maps an unknown coast; survives a shipwreck in the ice
+    sail around the cape for spices; map an unknown coast; survive a shipwreck in the ice
     Voyage; Compass; Mutiny; Horizon""",
     "children": """
 series | talking animals
     a brave hedgehog; puppies; a clumsy bear cub
-    rescues animals on the farm; solves small problems with friends; learns to share honey
+    rescue animals on the farm; solve small problems with friends; learn to share honey
     Puppy; Meadow; Paws; Barnyard
 series | toy adventures
     toy trains; building bricks; a paper astronaut
-    races around the playroom; builds a bridge of bricks; learns to count and sing
+    race around the playroom; build a bridge of bricks; learn to count and sing
     Playroom; Bricks; Choo; Toybox
 movie | animated quest
     a little penguin; a girl and her kite; a cartoon robot
-    sets out on a colourful animated journey; finds the way home over the mountains; befriends a lonely whale
+    set out on a colourful animated journey; find the way home over the mountains; befriend a lonely whale
     Kite; Penguin; Rainbow; Balloon
 movie | young inventors
     twin inventors; a school science club; a curious girl
-    builds a rocket in the garage; outsmarts grown-ups with gadgets; wins the science fair
+    build a rocket in the garage; outsmart grown-ups with gadgets; win the science fair
     Gadget; Rocket Club; Inventors; Treehouse""",
     "sport": """
 live | football night
     the champions; the league leaders; two old rivals
-    plays the football derby; defends the title with late goals; meets in the cup final on grass
+    play the football derby; defend the title with late goals; meet in the cup final on grass
     Derby; Kick-off; Cup; Goal
 live | motor racing
     drivers; the pole sitter; the pit crews
-    races the grand prix lap by lap; changes tyres in the rain; overtakes in the last corner
+    race the grand prix lap by lap; change tyres in the rain; overtake in the last corner
     Grand Prix; Lap; Pit Lane; Chicane
 live | tennis and golf
     the top seed; a qualifier; golfers
-    serves for the match at the tournament; plays five sets on clay; putts on the eighteenth hole
+    serve for the match at the tournament; play five sets on clay; putt on the eighteenth hole
     Match Point; Open; Rally; Fairway
 live | combat sports
     the heavyweight champion; a boxer; two grapplers
-    fights twelve rounds for the belt; wins by knockout in the ring; weighs in for the bout
+    fight twelve rounds for the belt; win by knockout in the ring; weigh in for the bout
     Knockout; Bout; Ringside; Title Fight""",
     "music": """
 live | rock concert
     a rock band; guitarists; a punk trio
-    plays a stadium with loud guitars; returns for a reunion tour; smashes the drums at the encore
+    play a stadium with loud guitars; return for a reunion tour; smash the drums at the encore
     Encore; Amplifier; Stadium; Feedback
 live | classical evening
     a symphony orchestra; a pianist; a string quartet
-    performs a symphony at the philharmonic; plays sonatas by candlelight; conducts an opera gala
+    perform a symphony at the philharmonic; play sonatas by candlelight; conduct an opera gala
     Sonata; Symphony; Overture; Opera
 live | dance and club
     a DJ; an electronic duo; dancers
-    mixes techno until morning; spins house music on the beach; plays synthesizers under lasers
+    mix techno until morning; spin house music on the beach; play synthesizers under lasers
     Bassline; Rave; Mix; Afterhours
 live | award show
     pop stars; the host; nominees
-    hands out awards on the red carpet; performs hits at the gala; thanks the fans in tears
+    hand out awards on the red carpet; perform hits at the gala; thank the fans in tears
     Red Carpet; Gala; Trophy; Spotlight""",
 }
 
@@ -312,5 +312,6 @@ def descriptions(
         story = first if first == second else f"{first} and {second}"
         received = TONES[tone][draw[3] % len(TONES[tone])]
         form = {"series": "series", "movie": "film", "live": "live broadcast"}[theme.kind]
-        texts.append(f"The story: {lead} {story}. A {theme.genre} {form} about {theme.name} from {country}. {received}")
+        told = f"{lead[0].upper()}{lead[1:]} must {story}."
+        texts.append(f"{told} A {theme.genre} {form} from {country} about {theme.name}. {received}")
     return texts

@@ -1,7 +1,8 @@
 """The synthetic world's viewers: who they are, and what they watch, drawn block by block without a loop over events.
 
 At every event a viewer follows one of a few interests (themes): the last one again with probability `persistence`,
-else one by its weight times the appeal of its theme in that region, plan and week. The title is drawn within the theme.
+else one by its weight times the appeal of its theme in that region, plan and week. The title is drawn
+within the theme or, sometimes, another theme of its genre.
 With probability `noise` the event is an accidental click, drawn from what is popular, watched briefly, and of no
 consequence for the next event. A title that the viewer has seen is rejected and the whole draw made again, which makes
 the law of an event exactly the mixture restricted to unseen titles and scaled to 1 (`m5.oracle` states it).
@@ -21,7 +22,7 @@ DEVICES = ("tv", "mobile", "tablet", "web")
 SLOTS = (2, 2, 1)  # interests of a viewer in series, movies, live events
 RUNTIME = np.array([2700.0, 6300.0, 5400.0])  # seconds, by category
 MAX_EVENTS = 400  # of one viewer
-_ROUNDS = 40  # attempts at an unseen title; an event that fails them all is left out
+_ROUNDS = 100  # attempts at an unseen title; an event that fails them all is left out
 
 
 @dataclass(frozen=True)
@@ -172,18 +173,19 @@ def _watch_one(
     weight = viewers.weight[:active] * np.exp(world.theme_appeal[region[:, None], plan[:, None], week[:, None], theme])
     cumulative = np.cumsum(weight, axis=1, dtype=np.float64)
     cell = (region * len(world.plans) + plan) * WEEKS + week
-    noise_total = np.cumsum(world.noise_theme)
+    noise_total, spill_total = np.cumsum(world.noise_theme), np.cumsum(world.spill, axis=1)
     open_rows = np.arange(active)
     for _ in range(_ROUNDS):
         if not len(open_rows):
             return
-        rows, u = open_rows, rng.random((3, len(open_rows)))
+        rows, u = open_rows, rng.random((5, len(open_rows)))
         fresh = (cumulative[rows] <= (u[0] * cumulative[rows, -1])[:, None]).sum(1)
         stays = (u[1] < world.persistence) & (state[rows] >= 0)
         slot = np.where(stays, state[rows], np.minimum(fresh, theme.shape[1] - 1))
         accident = u[2] < world.noise
-        clicked = np.searchsorted(noise_total, rng.random(len(rows)) * noise_total[-1], side="right")
-        drawn_theme = np.where(accident, clicked, theme[rows, slot])
+        clicked = np.searchsorted(noise_total, u[3] * noise_total[-1], side="right")
+        led = (spill_total[theme[rows, slot]] <= u[4][:, None]).sum(1)
+        drawn_theme = np.minimum(np.where(accident, clicked, led), N_THEMES - 1)
         drawn = sampler.draw(rng, cell[rows], drawn_theme)
         good = (drawn >= 0) & ~(title[rows, :step] == drawn[:, None]).any(1)
         chosen, picked = rows[good], drawn[good]
@@ -196,14 +198,14 @@ def _watch_one(
 
 
 def _region(rng: np.random.Generator, viewers: Viewers, regions: int) -> np.ndarray:
-    """int8 [n, L]: home, but for journeys (about one event in six) that last some events."""
+    """int8 [n, L]: home, but for journeys (about one event in five) that last some events."""
     n, width = viewers.seconds.shape
     region = np.empty((n, width), dtype=np.int8)
     away = np.zeros(n, dtype=np.int64)  # distance from home, modulo the number of regions
     for step in range(width):
         u = rng.random((2, n))
         abroad = 1 + (u[1] * max(regions - 1, 1)).astype(np.int64)
-        away = np.where(away > 0, np.where(u[0] < 0.3, 0, away), np.where(u[0] < 0.06, abroad, 0))
+        away = np.where(away > 0, np.where(u[0] < 0.3, 0, away), np.where(u[0] < 0.08, abroad, 0))
         region[:, step] = (viewers.home + away) % regions
     return region
 

@@ -25,7 +25,8 @@ WEEKS = 52
 COUNTRIES = ("United States", "Brazil", "Japan", "Germany", "India", "Mexico", "France", "Korea")
 REGIONS = ("US", "BR", "JP", "DE", "IN", "MX", "FR", "KR")  # region r's home country is COUNTRIES[r]
 AGE_BANDS = ("under 18", "18-29", "30-44", "45-59", "60 and over")
-COLD_SHARE = 0.08
+COLD_SHARE = 0.08  # of the titles
+OWN_THEME = 0.65  # how often an interest leads to its own theme
 NEVER = 10_000  # a week that does not come
 
 THEME_GENRE = np.array([GENRES.index(theme.genre) for theme in THEMES])
@@ -69,7 +70,7 @@ def draw_catalogue(rng: np.random.Generator, titles: int, regions: int, plans: i
     quality = cast_quality + rng.normal(0, 0.4, studios)[studio] + 0.5 * (tone - 1) + rng.normal(0, 0.3, titles)
 
     country_appeal = rng.normal(0, 0.7, (len(COUNTRIES), regions))
-    country_appeal[np.arange(regions), np.arange(regions)] += 1.5
+    country_appeal[np.arange(regions), np.arange(regions)] += 2.0
     regional = country_appeal[country] + rng.normal(0, 0.6, (studios, regions))[studio]
     regional += rng.normal(0, 0.3, (titles, regions))
 
@@ -132,7 +133,9 @@ class World:
 
     title_probability: float32 [R, P, W, N], c(i | its theme, region, plan, week); 0 where not playable.
     theme_appeal: float32 [R, P, W, G], log factor on a viewer's theme weights.
-    noise_theme: float [G], the theme shares of accidental clicks. persistence, noise: probabilities.
+    spill: float64 [G, G], rows sum to 1; the themes of the titles that a viewer with an interest in a theme watches:
+    mostly that theme, else another one of its genre.
+    noise_theme: float64 [G], the theme shares of accidental clicks. persistence, noise: probabilities.
     age_taste: float [A, G], log factor of an age band on which themes a viewer takes up.
     """
 
@@ -141,9 +144,10 @@ class World:
     catalogue: Catalogue
     title_probability: np.ndarray
     theme_appeal: np.ndarray
+    spill: np.ndarray
     noise_theme: np.ndarray
     age_taste: np.ndarray
-    persistence: float = 0.4
+    persistence: float = 0.5
     noise: float = 0.06
 
 
@@ -159,14 +163,21 @@ def draw_world(
         catalogue=catalogue,
         title_probability=_title_probability(rng, catalogue),
         theme_appeal=_theme_appeal(rng, len(regions), len(plans)),
+        spill=OWN_THEME * np.eye(N_THEMES) + (1 - OWN_THEME) * _siblings(),
         noise_theme=theme_share / theme_share.sum(),
         age_taste=(rng.normal(0, 0.8, (len(AGE_BANDS), len(GENRES))))[:, THEME_GENRE] + np.log(theme_share),
     )
 
 
+def _siblings() -> np.ndarray:
+    """float64 [G, G]: uniform over the other themes of the same genre."""
+    same = (THEME_GENRE[:, None] == THEME_GENRE) & ~np.eye(N_THEMES, dtype=bool)
+    return same / same.sum(1, keepdims=True)
+
+
 def _theme_appeal(rng: np.random.Generator, regions: int, plans: int) -> np.ndarray:
     """float32 [R, P, W, G]: a region's genres, a plan's categories, and a slow seasonal drift of the genres."""
-    region = rng.normal(0, 1.0, (regions, len(GENRES)))[:, THEME_GENRE]
+    region = rng.normal(0, 1.2, (regions, len(GENRES)))[:, THEME_GENRE]
     plan = rng.normal(0, 0.8, (plans, len(KINDS)))[:, THEME_KIND]
     phase = rng.random(len(GENRES))
     season = 0.3 * np.sin(2 * np.pi * (np.arange(WEEKS)[:, None] / WEEKS + phase))[:, THEME_GENRE]
@@ -179,7 +190,7 @@ def _title_probability(rng: np.random.Generator, catalogue: Catalogue) -> np.nda
     week = np.arange(WEEKS)[:, None]
     period, phase = rng.uniform(16, 52, titles), rng.random(titles)
     drift = 0.35 * np.sin(2 * np.pi * (week / period + phase))
-    novelty = 1.0 * np.exp(-np.maximum(week - catalogue.launch, 0) / 5.0)
+    novelty = 0.25 * np.exp(-np.maximum(week - catalogue.launch, 0) / 5.0)
     base = np.exp(np.clip(catalogue.quality + novelty + drift, -8, 8)).astype(np.float32)
     base *= (week >= catalogue.launch) & (week < catalogue.leave)
     order = np.argsort(catalogue.theme, kind="stable")
