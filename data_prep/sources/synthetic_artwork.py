@@ -45,11 +45,11 @@ def _draw_chunk(folder: Path, names: list[str], genre: np.ndarray, theme: np.nda
 def draw_poster(genre: int, theme: int, rng: np.random.Generator) -> Image.Image:
     """One RGB poster; the generator jitters hue, place and size a little."""
     hue = (genre / 12 + rng.normal(0, 0.012)) % 1.0
-    ground = _colour(hue, 0.55, 0.30 + 0.18 * theme)
+    ground = _colour(hue, 0.55, 0.45 + 0.12 * theme)
     ink = _colour((hue + 0.45) % 1.0, 0.75, 0.95 - 0.12 * theme)
     image = Image.new("RGB", (WIDTH, HEIGHT), ground)
     draw = ImageDraw.Draw(image)
-    _texture(draw, theme, _colour(hue, 0.35, 0.55 + 0.12 * theme), int(rng.integers(0, 8)))
+    _texture(draw, theme, _colour(hue, 0.35, 0.60 + 0.12 * theme), int(rng.integers(0, 8)))
     centre = (WIDTH / 2 + rng.normal(0, 5), HEIGHT * 0.45 + rng.normal(0, 6))
     _shape(draw, genre, centre, 26 + rng.normal(0, 3), ink)
     draw.rectangle((10, HEIGHT - 22, WIDTH - 10 - int(rng.integers(0, 30)), HEIGHT - 14), fill=(240, 240, 235))

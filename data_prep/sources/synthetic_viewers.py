@@ -192,7 +192,9 @@ def _watch_one(
         title[chosen, step] = picked
         state[chosen] = np.where(accident[good], state[chosen], slot[good])
         share = world.title_probability[region[chosen], plan[chosen], week[chosen], picked]
-        liking = 0.8 * np.log(5 * weight[chosen, slot[good]] + 0.05) + 0.5 * np.log(20 * share)
+        liking = 0.6 * np.log(5 * weight[chosen, slot[good]] + 0.05) + 0.5 * np.log(
+            share * len(sampler.order) / N_THEMES
+        )
         appeal[chosen, step] = np.where(accident[good], -np.inf, np.clip(liking, -3, 3))
         open_rows = rows[~good]
 
@@ -218,7 +220,7 @@ def _plan(viewers: Viewers) -> np.ndarray:
 def _completion(rng: np.random.Generator, appeal: np.ndarray) -> np.ndarray:
     """float32 [n, L] in (0, 1): rises with the title's appeal to the viewer; accidental clicks stop early."""
     noise = rng.standard_normal(appeal.shape, dtype=np.float32)
-    liked = 1 / (1 + np.exp(-(0.6 + 0.7 * np.where(np.isinf(appeal), 0, appeal) + 0.6 * noise)))
+    liked = 1 / (1 + np.exp(-(1.1 + 0.6 * np.where(np.isinf(appeal), 0, appeal) + 0.5 * noise)))
     accident = 0.06 * np.exp(0.6 * noise)
     return np.clip(np.where(np.isinf(appeal), accident, liked), 0.005, 1.0).astype(np.float32)
 

@@ -147,8 +147,8 @@ class World:
     spill: np.ndarray
     noise_theme: np.ndarray
     age_taste: np.ndarray
-    persistence: float = 0.5
-    noise: float = 0.06
+    persistence: float = 0.45
+    noise: float = 0.03
 
 
 def draw_world(
