@@ -204,16 +204,17 @@ class BatchBuilder:
         masked = np.zeros(0, dtype=np.int64)
         has_id = np.append(~self.cold, True)
         scenario = requests.scenario
+        negatives, log_q = (np.arange(self.n_titles) if catalogue else np.zeros(0, dtype=np.int64)), None
         if generator is not None:
+            # First what all ranks share, then what depends on this rank's sequences.
             has_id[:-1] &= generator.random(self.n_titles) >= model.id_dropout
+            negatives, log_q = self._negatives(generator)
             scenario = np.where(generator.random(scenario.shape) < model.scenario_dropout, 0, scenario)
             if model.mlm_weight:
                 masked = self._masked_positions(title, generator)
         hidden_title = title.flat[masked]
-        if generator is not None:
-            candidates = self._candidates(np.concatenate([requests.target, hidden_title]), generator)
-        else:
-            candidates = self._every_title() if catalogue else self._no_title()
+        wanted = np.concatenate([requests.target, hidden_title]) if generator is not None else hidden_title
+        candidates = self._candidates(negatives, log_q, wanted)
         title.flat[masked] = self.n_titles + MASK
 
         def table_row(titles: np.ndarray) -> np.ndarray:
@@ -263,25 +264,22 @@ class BatchBuilder:
         behaviour = np.flatnonzero(title.flat < self.n_titles)
         return behaviour[generator.random(len(behaviour)) < self.config.model.mlm_share]
 
-    def _no_title(self) -> Candidates:
-        return Candidates(np.zeros(0, dtype=np.int64), np.zeros(0), np.full(self.n_titles, -1))
+    def _negatives(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+        """Titles that all requests of the batch are scored against, and their log Q. Cold titles are no negatives."""
+        if self.config.candidates.kind == "full":
+            return self.warm, None
+        count = self.config.candidates.count
+        drawn = np.unique(generator.choice(len(self.warm), count, p=self.sampling_probability))
+        # Probability of being among `count` draws, since repeated draws count once.
+        return self.warm[drawn], np.log(-np.expm1(count * np.log1p(-self.sampling_probability[drawn])))
 
-    def _every_title(self) -> Candidates:
-        return Candidates(np.arange(self.n_titles), np.zeros(self.n_titles), np.arange(self.n_titles))
-
-    def _candidates(self, wanted: np.ndarray, generator: np.random.Generator) -> Candidates:
-        """Negatives for the batch; `wanted` titles are appended where they are none. Cold titles are no negatives."""
-        negatives, log_q = self.warm, np.zeros(len(self.warm))
-        if self.config.candidates.kind == "sampled":
-            count = self.config.candidates.count
-            drawn = np.unique(generator.choice(len(self.warm), count, p=self.sampling_probability))
-            negatives = self.warm[drawn]
-            # Expected presence of a title among `count` draws, since repeated draws count once.
-            log_q = np.log(-np.expm1(count * np.log1p(-self.sampling_probability[drawn])))
+    def _candidates(self, negatives: np.ndarray, log_q: np.ndarray | None, wanted: np.ndarray) -> Candidates:
+        """The negatives, then those `wanted` titles that are not among them."""
         place = np.full(self.n_titles, -1, dtype=np.int64)
         place[negatives] = np.arange(len(negatives))
         missing = np.unique(wanted[place[wanted] < 0])
         place[missing] = len(negatives) + np.arange(len(missing))
+        log_q = np.zeros(len(negatives)) if log_q is None else log_q
         return Candidates(np.concatenate([negatives, missing]), log_q, place)
 
     def _experts(self, scenario: np.ndarray):
