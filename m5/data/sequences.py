@@ -197,7 +197,7 @@ class BatchBuilder:
     ) -> Batch:
         """Behaviours and requests as indices -> Batch; `build` explains the generator, `catalogue` the last."""
         model = self.config.model
-        B, L = behaviours.title.shape
+        L = behaviours.title.shape[1]
         history = np.flatnonzero(np.arange(L) < behaviours.length[:, None])
         title = behaviours.title.copy()
         category = np.append(self.category, -1)[np.minimum(title, self.n_titles)]
