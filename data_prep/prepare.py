@@ -11,7 +11,7 @@ import pandas as pd
 
 from data_prep.catalogue import natural_order, read_titles, read_users
 from data_prep.raw_table import RawTable, connect
-from data_prep.rights import map_rights
+from data_prep.rights import map_rights, scenarios_of
 from data_prep.sequences import Sequences, refuse_unknown_titles, settle_duplicates, sort_events, stage_events
 from data_prep.spec import DatasetSpec
 from data_prep.training_period import SPLIT_NAMES, SplitKind, intensity_boundaries, keep_trained, split_events
@@ -126,12 +126,13 @@ class _Preparation:
         """Write rights.parquet; returns its scenarios, or None where there are no rights."""
         if self.spec.rights is None:
             return None
+        named = {vocabulary.name: vocabulary for vocabulary in vocabularies}
         with connect(self.work, self.memory_limit) as connection:
             table = RawTable(connection, self.spec.resolve(self.spec.rights.path), "rights")
-            frame, notes = map_rights(table, self.spec.rights, {v.name: v for v in vocabularies}, seen, n_titles)
+            frame, notes = map_rights(table, self.spec.rights, named, seen, n_titles)
         self.notes += notes
         frame.to_parquet(self.folder / "rights.parquet", index=False)
-        return tuple(self.spec.rights.scenario_columns)
+        return scenarios_of(self.spec.rights, named)
 
     def intensities(self, sequences: Sequences, trained: np.ndarray) -> tuple[Intensity, ...]:
         found = []

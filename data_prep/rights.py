@@ -30,6 +30,11 @@ def _read(table: RawTable, spec: RightsSpec) -> pd.DataFrame:
     ).df()
 
 
+def scenarios_of(spec: RightsSpec, vocabularies: dict[str, Vocabulary]) -> tuple[str, ...]:
+    """The scenarios that the rights table names, in the dataset's order."""
+    return tuple(name for name in vocabularies if name in spec.scenario_columns)
+
+
 def map_rights(
     table: RawTable, spec: RightsSpec, vocabularies: dict[str, Vocabulary], seen: dict[str, list[str]], n_titles: int
 ) -> tuple[pd.DataFrame, list[str]]:
@@ -66,7 +71,8 @@ def map_rights(
     if unknown.any():
         notes.append(f"{int(unknown.sum()):,} rights rows of titles outside the catalogue were left out.")
     frame, dropped = pd.DataFrame({"title": raw["code"]}), unknown.to_numpy()
-    for name, column in spec.scenario_columns.items():
+    for name in scenarios_of(spec, vocabularies):
+        column = spec.scenario_columns[name]
         values = raw["scenario_" + name]
         strange = values.notna() & ~values.isin(seen[name])
         if strange.any():
@@ -79,7 +85,7 @@ def map_rights(
         late = (values.notna() & ~values.isin(list(codes))).to_numpy()
         if late.any():
             notes.append(f"{int(late.sum()):,} rights rows of a {name} without training events were left out.")
-            dropped |= late
+            dropped = dropped | late
         frame[name] = values.map(codes).fillna(0).astype(np.int32)
     frame["start"], frame["end"] = raw["start"].astype(np.int64), raw["end"].astype(np.int64)
     frame = frame[~dropped].astype({"title": np.int32})

@@ -109,7 +109,10 @@ def build_model(dataset: PreparedDataset, config: RunConfig, *, table_device: to
         towers={branch: tower(branch) for branch in branches},
         gate_crossing=gate_crossing,
         matching=WeightedCandidateMatching(
-            gate_width=gate_crossing.output_width, score=model.score, content=content_NG is not None
+            width=model.width,
+            gate_width=gate_crossing.output_width,
+            score=model.score,
+            content=content_NG is not None,
         ),
     )
     initialise_dense(m5)

@@ -86,7 +86,7 @@ def draw_viewers(rng: np.random.Generator, world: World, length: np.ndarray) -> 
         themes = np.flatnonzero(THEME_KIND == kind)
         theme[:, first : first + slots] = themes[np.argsort(-taste[:, themes], axis=1)[:, :slots]]
         first += slots
-    weight = rng.gamma(1.5, 1.0, theme.shape) + 0.05
+    weight = rng.gamma(2.0, 1.0, theme.shape) + 0.1
     weight[:, 1:] *= rng.random((n, theme.shape[1] - 1)) < 0.75
     region_share = 0.75 ** np.arange(regions)
     plan = rng.integers(plans, size=n)

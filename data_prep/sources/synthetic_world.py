@@ -63,11 +63,11 @@ def draw_catalogue(rng: np.random.Generator, titles: int, regions: int, plans: i
     country = rng.integers(min(len(COUNTRIES), regions + 1), size=titles)
     studios = max(12, titles // 60)
     studio = rng.integers(studios, size=titles)
-    actors = _cast(rng, theme, n_actors=max(96, titles // 3))
+    actors = _cast(rng, theme, n_actors=max(96, titles // 6))
 
-    star = rng.normal(0, 0.9, actors.max() + 1)
+    star = rng.normal(0, 0.7, actors.max() + 1)
     cast_quality = np.where(actors >= 0, star[actors], 0).sum(1) / np.sqrt((actors >= 0).sum(1))
-    quality = cast_quality + rng.normal(0, 0.4, studios)[studio] + 0.5 * (tone - 1) + rng.normal(0, 0.3, titles)
+    quality = cast_quality + rng.normal(0, 0.4, studios)[studio] + 0.7 * (tone - 1) + rng.normal(0, 0.25, titles)
 
     country_appeal = rng.normal(0, 0.7, (len(COUNTRIES), regions))
     country_appeal[np.arange(regions), np.arange(regions)] += 2.0
@@ -147,7 +147,7 @@ class World:
     spill: np.ndarray
     noise_theme: np.ndarray
     age_taste: np.ndarray
-    persistence: float = 0.45
+    persistence: float = 0.5
     noise: float = 0.03
 
 
@@ -177,7 +177,7 @@ def _siblings() -> np.ndarray:
 
 def _theme_appeal(rng: np.random.Generator, regions: int, plans: int) -> np.ndarray:
     """float32 [R, P, W, G]: a region's genres, a plan's categories, and a slow seasonal drift of the genres."""
-    region = rng.normal(0, 1.2, (regions, len(GENRES)))[:, THEME_GENRE]
+    region = rng.normal(0, 1.0, (regions, len(GENRES)))[:, THEME_GENRE]
     plan = rng.normal(0, 0.8, (plans, len(KINDS)))[:, THEME_KIND]
     phase = rng.random(len(GENRES))
     season = 0.3 * np.sin(2 * np.pi * (np.arange(WEEKS)[:, None] / WEEKS + phase))[:, THEME_GENRE]
@@ -189,7 +189,7 @@ def _title_probability(rng: np.random.Generator, catalogue: Catalogue) -> np.nda
     titles, regions, plans = catalogue.licensed.shape
     week = np.arange(WEEKS)[:, None]
     period, phase = rng.uniform(16, 52, titles), rng.random(titles)
-    drift = 0.35 * np.sin(2 * np.pi * (week / period + phase))
+    drift = 0.25 * np.sin(2 * np.pi * (week / period + phase))
     novelty = 0.25 * np.exp(-np.maximum(week - catalogue.launch, 0) / 5.0)
     base = np.exp(np.clip(catalogue.quality + novelty + drift, -8, 8)).astype(np.float32)
     base *= (week >= catalogue.launch) & (week < catalogue.leave)

@@ -2,9 +2,8 @@
 
     f^t = scale^t u^t . E^t(n),  w = sigmoid(W_2 gelu(W_1 crossed E^SH)),  p = softmax(w f^ID + (1 - w) f^CG)
 
-u^t and E^t(n) are layer-normalised or unit vectors (`score`), see `WeightedCandidateMatching`. Because w and scale
-belong to the request, the score is ONE inner product: query [w s u^ID ; (1 - w) s u^CG] against key [E^ID ; E^CG],
-which is what an index serves.
+u^t and E^t(n) are plain or unit vectors (`score`). Because w and scale belong to the request, the
+score is ONE inner product: query [w s u^ID ; (1 - w) s u^CG] against key [E^ID ; E^CG], which is what an index serves.
 
 Source: Zhao et al., KDD 2023; scales and normalisation are our decisions. Dimension legend in `m5.batch`; Q = 2 D.
 """
@@ -39,6 +38,7 @@ class WeightedCandidateMatching(nn.Module):
     def __init__(
         self,
         *,
+        width: int,
         gate_width: int,
         score: Literal["cosine", "dot"],
         content: bool,
@@ -46,10 +46,10 @@ class WeightedCandidateMatching(nn.Module):
     ):
         super().__init__()
         self.cosine, self.content = score == "cosine", content
-        branches = 2 if content else 1
-        # Cosines in -1..1 need a scale near log(N) to make a peaked softmax; 12 is where training settles anyway.
-        start = math.log(12.0) if self.cosine else 0.0
-        self.log_scale = nn.Parameter(torch.full((branches,), start, device=device))
+        # Cosines in -1..1 need a scale near log(N) to make a peaked softmax. Plain ID keys start short (norm 1), but
+        # CG keys are layer-normalised (norm sqrt(D)) and would start the softmax saturated.
+        start = [math.log(12.0)] * 2 if self.cosine else [0.0, -0.5 * math.log(width)]
+        self.log_scale = nn.Parameter(torch.tensor(start[: 1 + content], device=device))
         self.gate_bias = nn.Parameter(torch.zeros(1, device=device)) if content else None
         self.gate_hidden = nn.Linear(gate_width, 32, device=device) if content and gate_width else None
         self.gate_output = nn.Linear(32, 1, bias=False, device=device) if content and gate_width else None
