@@ -137,8 +137,12 @@ class MultiModalEmbedding(nn.Module):
         subsidiary_TF = torch.cat([rows[key] for key in self.subsidiary] or [history_TD[:, :0]], dim=-1)
         cg_BLD = cg_key_CD = None
         if self.content is not None:
-            cg_BLD = self.dropout(self.content(batch.title_BL.flatten())).view(B, L, width)
-            cg_key_CD = self.content(batch.candidate_C)
+            # Behaviours and candidates share most titles: project each title once.
+            rows_X = torch.cat([batch.title_BL.flatten(), batch.candidate_C])
+            title_U, place_X = rows_X.unique(return_inverse=True)
+            cg_XD = nn.functional.embedding(place_X, self.content(title_U))
+            cg_BLD = self.dropout(cg_XD[: B * L].view(B, L, width))
+            cg_key_CD = cg_XD[B * L :]
         return Embedded(
             id_BLD=self.dropout(padded(history_TD)),
             cg_BLD=cg_BLD,
