@@ -70,7 +70,7 @@ def read_users(table: RawTable | None, spec: DatasetSpec, user_ids: np.ndarray) 
     frame = pd.DataFrame({"user_id": user_ids})
     if table is None or spec.users is None:
         return frame, []
-    columns = [f"{table.text(name)} AS {quote(name)}" for name in spec.users.features if name != "user_id"]
+    columns = [f"{table.text(name)} AS {quote(name)}" for name in spec.users.features]
     picked = ", ".join([f"{table.identifier(spec.users.id)} AS user_id", *columns])
     raw = table.connection.sql(f"SELECT {picked} FROM {table.scan}").df()
     present = raw["user_id"].isin(user_ids)

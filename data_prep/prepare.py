@@ -12,11 +12,29 @@ import pandas as pd
 from data_prep.catalogue import natural_order, read_titles, read_users
 from data_prep.raw_table import RawTable, connect
 from data_prep.rights import map_rights, scenarios_of
-from data_prep.sequences import Sequences, refuse_unknown_titles, settle_duplicates, sort_events, stage_events
+from data_prep.sequences import (
+    Sequences,
+    refuse_unknown_titles,
+    settle_duplicates,
+    sort_events,
+    stage_events,
+)
 from data_prep.spec import DatasetSpec
-from data_prep.training_period import SPLIT_NAMES, SplitKind, intensity_boundaries, keep_trained, split_events
+from data_prep.training_period import (
+    SPLIT_NAMES,
+    SplitKind,
+    intensity_boundaries,
+    keep_trained,
+    split_events,
+)
 from data_prep.validate import check_events, check_titles, check_users
-from data_prep.write import content_hash, keep_content, refuse_foreign_folder, replace_folder, temporary_sibling
+from data_prep.write import (
+    content_hash,
+    keep_content,
+    refuse_foreign_folder,
+    replace_folder,
+    temporary_sibling,
+)
 from m5.schema import ALWAYS, TRAIN, DataError, Intensity, Manifest, Split, Vocabulary
 
 Progress = Callable[[str], None]
@@ -214,7 +232,7 @@ def prepare_dataset(
     refuse_foreign_folder(out)
     if spec.truth is not None and not spec.resolve(spec.truth).is_file():
         raise DataError(f"truth: the file {spec.resolve(spec.truth)} does not exist. Correct or remove the key.")
-    with temporary_sibling(out) as temporary:
+    with temporary_sibling(out, "preparing") as temporary:
         folder, work = temporary / "dataset", temporary / "work"
         folder.mkdir()
         work.mkdir()
@@ -251,7 +269,8 @@ def prepare_all(
 ) -> Manifest:
     """Every stage: `prepare_dataset`, then text and image vectors, then the graph.
 
-    Text is skipped where no title has a description, images where none has artwork.
+    Text is skipped where no title has a description, images where none has artwork. The folder appears when all stages
+    are done: where an encoder is missing, what was there before stays. A second try is quick, as vectors are cached.
 
     Args:
         spec: the tables and their columns' roles.
@@ -263,23 +282,32 @@ def prepare_all(
 
     Returns:
         The manifest, with the encoders that ran.
+
+    Raises:
+        DataError: a mistake in the tables or settings, or a missing encoder.
+        OSError: ENOSPC, where the disk is full.
     """
     from data_prep.graphsage import build_graph
     from data_prep.image_encoder import encode_images
     from data_prep.text_encoder import encode_text
 
     out = Path(out).absolute()
-    prepare_dataset(spec, out, split=split, min_events_per_user=min_events_per_user, progress=progress)
-    titles = pd.read_parquet(out / "titles.parquet", columns=["description", "artwork"])
-    if (titles["description"] != "").any():
-        encode_text(out, model=text)
-    else:
-        progress("no title has a description: text vectors are skipped")
-    if (titles["artwork"] != "").any():
-        encode_images(out, model=image, weights=image_weights)
-    else:
-        progress("no title has artwork: image vectors are skipped")
-    build_graph(out)
+    refuse_foreign_folder(out)
+    with temporary_sibling(out, "encoding") as temporary:
+        data = temporary / out.name
+        manifest = prepare_dataset(spec, data, split=split, min_events_per_user=min_events_per_user, progress=progress)
+        keep_content(out, data, manifest).write(data)
+        titles = pd.read_parquet(data / "titles.parquet", columns=["description", "artwork"])
+        if (titles["description"] != "").any():
+            encode_text(data, model=text)
+        else:
+            progress("no title has a description: text vectors are skipped")
+        if (titles["artwork"] != "").any():
+            encode_images(data, model=image, weights=image_weights)
+        else:
+            progress("no title has artwork: image vectors are skipped")
+        build_graph(data)
+        replace_folder(data, out)
     manifest = Manifest.read(out)
     for note in manifest.notes:
         progress(f"note: {note}")

@@ -37,25 +37,29 @@ def literal(text: object) -> str:
 
 
 @contextmanager
+def disk_full_as_oserror(folder: Path) -> Iterator[None]:
+    """DuckDB's ways of saying that the disk is full, as the OSError (ENOSPC) that the rest of Python raises."""
+    try:
+        yield
+    except duckdb.Error as error:
+        if "No space left" in str(error) or "max_temp_directory_size" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
+        raise
+
+
+@contextmanager
 def connect(folder: Path, memory_limit: str) -> Iterator[duckdb.DuckDBPyConnection]:
     """A DuckDB database on disk in `folder`, which spills what does not fit into `memory_limit` (such as "3GB").
 
     Raises:
         OSError: ENOSPC, where the disk is full.
     """
-    connection = duckdb.connect(str(folder / "prepare.duckdb"))
-    try:
+    with disk_full_as_oserror(folder), duckdb.connect(str(folder / "prepare.duckdb")) as connection:
         connection.execute(f"SET memory_limit={literal(memory_limit)}")
         connection.execute(f"SET temp_directory={literal(folder / 'spill')}")
         connection.execute("SET TimeZone='UTC'")
         connection.execute("SET enable_progress_bar=false")
         yield connection
-    except duckdb.Error as error:
-        if "No space left" in str(error) or "max_temp_directory_size" in str(error):
-            raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
-        raise
-    finally:
-        connection.close()
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from m5.schema import DataError
+from m5.schema import TITLE_COLUMNS, DataError
 
 RESERVED = ("title", "start", "end", "path")
 
@@ -96,6 +96,27 @@ class DatasetSpec(_Section):
     folder: Path = Field(Path("."), description="What relative paths are relative to: dataset.yaml's folder.")
 
     @model_validator(mode="after")
+    def _names_can_be_columns(self) -> DatasetSpec:
+        lists = {
+            "events.intensity": tuple(self.events.intensity),
+            "events.scenario": self.events.scenario,
+            "events.context": self.events.context,
+            "users.features": self.users.features if self.users else (),
+            "titles.metadata": self.titles.metadata,
+        }
+        taken = {"users.features": ("user_id",), "titles.metadata": TITLE_COLUMNS}
+        for key, names in lists.items():
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                raise ValueError(f"{key} names {', '.join(repeated)} twice")
+            if any("/" in name for name in names):
+                raise ValueError(f"{key}: a name with a slash cannot be a file name; rename the column")
+            clash = sorted(set(names) & set(taken.get(key, ())))
+            if clash:
+                raise ValueError(f"{key}: {', '.join(clash)} is the name of a column of ours; rename the column")
+        return self
+
+    @model_validator(mode="after")
     def _rights_name_scenarios(self) -> DatasetSpec:
         reserved = sorted(set(self.events.scenario) & set(RESERVED))
         if reserved:
@@ -124,7 +145,8 @@ def _problem(error: dict[str, Any]) -> str:
         return f"unknown key {place}" + (f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(known)})")
     if error["type"] == "missing":
         return f"{place} is missing"
-    return f"{place}: {error['msg'].removeprefix('Value error, ')}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if error["loc"] else message
 
 
 def read_spec(path: Path) -> DatasetSpec:

@@ -74,9 +74,7 @@ def check_events(table: RawTable, spec: EventsSpec, now: float | None = None) ->
             predicate=f"{seconds} > {now}::DOUBLE",
             column=spec.timestamp,
             problem="lie in the future",
-            example=f"{raw} (read as ' || make_timestamp(({seconds} * 1e6)::BIGINT)::VARCHAR || ' UTC)'".replace(
-                f"{raw} (", f"{raw} || ' (", 1
-            ),
+            example=f"{raw} || ' (read as ' || make_timestamp(({seconds} * 1e6)::BIGINT)::VARCHAR || ' UTC)'",
             remedy="Correct the clock or the unit (seconds and milliseconds are told apart by size), or remove them.",
         ),
     ]

@@ -54,9 +54,9 @@ def refuse_foreign_folder(out: Path) -> None:
 
 
 @contextmanager
-def temporary_sibling(out: Path) -> Iterator[Path]:
-    """A fresh folder beside `out`, removed at the end whatever happens."""
-    folder = out.parent / f".{out.name}.preparing"
+def temporary_sibling(out: Path, stage: str) -> Iterator[Path]:
+    """A fresh folder `.<out>.<stage>` beside `out`, removed at the end whatever happens."""
+    folder = out.parent / f".{out.name}.{stage}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import duckdb
 
-from data_prep.raw_table import literal, quote
+from data_prep.raw_table import disk_full_as_oserror, literal, quote
 from data_prep.spec import DatasetSpec, EventsSpec, TitlesSpec
 from m5.schema import DataError
 
@@ -53,7 +53,7 @@ def load(path: Path, work: Path) -> DatasetSpec:
     path, work = Path(path), Path(work).absolute()
     scan = _scan(path)
     work.mkdir(parents=True, exist_ok=True)
-    with duckdb.connect() as connection:
+    with disk_full_as_oserror(work), duckdb.connect() as connection:
         try:
             columns = [row[0] for row in connection.sql(f"DESCRIBE SELECT * FROM {scan}").fetchall()]
         except duckdb.Error as error:

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 import duckdb
 import pandas as pd
 
-from data_prep.raw_table import literal
+from data_prep.raw_table import disk_full_as_oserror, literal
 from data_prep.spec import DatasetSpec, EventsSpec, TitlesSpec, UsersSpec
 from m5.schema import DataError
 
@@ -140,17 +140,15 @@ def _need(folder: Path, name: str) -> Path:
 def _write_events(path: Path, out: Path) -> None:
     """Ratings in the file's order -> user_id, title_id, rating, timestamp."""
     columns = "{'user_id': 'BIGINT', 'title_id': 'BIGINT', 'rating': 'FLOAT', 'ts': 'BIGINT'}"
-    form = {"u.data": (r"'\t'", "false"), "ratings.dat": ("'::'", "false"), "ratings.csv": ("','", "true")}
-    delimiter, header = form[path.name]
-    delimiter = "chr(9)" if path.name == "u.data" else delimiter
-    reader = f"read_csv({literal(path)}, delim={delimiter}, header={header}, quote='', escape='', columns={columns})"
-    with duckdb.connect() as connection:
+    delimiter, header = {"u.data": ("\t", False), "ratings.dat": ("::", False), "ratings.csv": (",", True)}[path.name]
+    reader = f"read_csv({literal(path)}, delim={literal(delimiter)}, header={header}, quote='', escape='', columns={columns})"
+    with disk_full_as_oserror(out.parent), duckdb.connect() as connection:
         try:
             connection.execute(f"COPY (SELECT * FROM {reader}) TO {literal(out)} (FORMAT parquet)")
-        except duckdb.InvalidInputException as error:
-            reason = " ".join(str(error).split())[:300]
+        except (duckdb.ConversionException, duckdb.InvalidInputException) as error:
+            reason = " ".join(str(error).split())[:200]
             raise DataError(
-                f"{path} cannot be read as MovieLens ratings: {reason}. Unpack the official zip again."
+                f"{path} cannot be read as MovieLens ratings: {reason} Unpack the official zip again."
             ) from error
 
 
