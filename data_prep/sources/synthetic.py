@@ -24,7 +24,13 @@ import pyarrow.parquet as pq
 import yaml
 
 from data_prep.sources.synthetic_artwork import draw_posters
-from data_prep.sources.synthetic_text import GENRES, THEMES, descriptions, people_names, title_names
+from data_prep.sources.synthetic_text import (
+    GENRES,
+    THEMES,
+    descriptions,
+    people_names,
+    title_names,
+)
 from data_prep.sources.synthetic_viewers import (
     DEVICES,
     MAX_EVENTS,
@@ -89,16 +95,22 @@ def generate(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
-        world_seed, length_seed, title_seed, viewer_seed = np.random.SeedSequence(seed).spawn(4)
+        world_seed, length_seed, title_seed, viewer_seed = np.random.SeedSequence(
+            seed
+        ).spawn(4)
         length = _lengths(np.random.default_rng(length_seed), users, titles, events)
         training_end = _training_end(np.random.default_rng(length_seed), length)
         rng = np.random.default_rng(world_seed)
         world = draw_world(rng, titles, REGIONS[:regions], tuple(plans), training_end)
         title_ids = _ids("t", titles)
-        _write_titles(work, world, title_ids, np.random.default_rng(title_seed), posters, seed)
+        _write_titles(
+            work, world, title_ids, np.random.default_rng(title_seed), posters, seed
+        )
         _write_rights(work, world, title_ids)
         _write_viewers(work, world, title_ids, length, viewer_seed)
-        (work / "dataset.yaml").write_text(yaml.safe_dump(_dataset(posters), sort_keys=False))
+        (work / "dataset.yaml").write_text(
+            yaml.safe_dump(_dataset(posters), sort_keys=False)
+        )
         shutil.rmtree(out, ignore_errors=True)
         work.rename(out)
     finally:
@@ -106,16 +118,16 @@ def generate(
     return out / "dataset.yaml"
 
 
-def _check(users: int, titles: int, events: int, regions: int, plans: tuple[str, ...]) -> None:
+def _check(
+    users: int, titles: int, events: int, regions: int, plans: tuple[str, ...]
+) -> None:
     problem = None
     if users < 1 or events < users:
         problem = f"{events} events for {users} users; give at least one event a user"
     elif titles < 2 * N_THEMES:
         problem = f"{titles} titles; give at least {2 * N_THEMES}, two for each of the {N_THEMES} themes"
     elif events / users > _cap(titles) / 2:
-        problem = (
-            f"{events / users:.0f} events a user over {titles} titles, none watched twice; give more titles or users"
-        )
+        problem = f"{events / users:.0f} events a user over {titles} titles, none watched twice; give more titles or users"
     elif not 1 <= regions <= len(REGIONS) or not plans:
         problem = f"{regions} regions and {len(plans)} plans; give 1 to {len(REGIONS)} regions and at least one plan"
     if problem:
@@ -126,10 +138,14 @@ def _cap(titles: int) -> int:
     return min(titles // 4, MAX_EVENTS)
 
 
-def _lengths(rng: np.random.Generator, users: int, titles: int, events: int) -> np.ndarray:
+def _lengths(
+    rng: np.random.Generator, users: int, titles: int, events: int
+) -> np.ndarray:
     """int [users]: how many events each viewer has; long-tailed, at least 1, `events` in all but for the cap."""
     activity = rng.gamma(2.5, 1.0, users)
-    return np.minimum(1 + rng.multinomial(events - users, activity / activity.sum()), _cap(titles))
+    return np.minimum(
+        1 + rng.multinomial(events - users, activity / activity.sum()), _cap(titles)
+    )
 
 
 def _training_end(rng: np.random.Generator, length: np.ndarray) -> int:
@@ -141,7 +157,9 @@ def _training_end(rng: np.random.Generator, length: np.ndarray) -> int:
 
 
 def _ids(letter: str, count: int) -> np.ndarray:
-    return np.char.add(letter, np.char.zfill(np.arange(count).astype(str), len(str(count - 1))))
+    return np.char.add(
+        letter, np.char.zfill(np.arange(count).astype(str), len(str(count - 1)))
+    )
 
 
 def _dataset(posters: bool) -> dict:
@@ -190,12 +208,18 @@ def _dates(weeks: np.ndarray) -> pd.Series:
 
 
 def _write_titles(
-    work: Path, world: World, title_ids: np.ndarray, rng: np.random.Generator, posters: bool, seed: int
+    work: Path,
+    world: World,
+    title_ids: np.ndarray,
+    rng: np.random.Generator,
+    posters: bool,
+    seed: int,
 ) -> None:
     catalogue = world.catalogue
     people = np.array(people_names(int(catalogue.actors.max()) + 1))
     studios = [
-        f"{name.split()[-1]} Studios {number}" for number, name in enumerate(people[: catalogue.studio.max() + 1])
+        f"{name.split()[-1]} Studios {number}"
+        for number, name in enumerate(people[: catalogue.studio.max() + 1])
     ]
     countries = [COUNTRIES[index] for index in catalogue.country]
     genre = THEME_GENRE[catalogue.theme]
@@ -207,9 +231,13 @@ def _write_titles(
             "text": descriptions(catalogue.theme, catalogue.tone, countries, rng),
             "kind": [THEMES[theme].kind for theme in catalogue.theme],
             "genres": [
-                [GENRES[a]] + ([GENRES[b]] if b not in (-1, a) else []) for a, b in zip(genre, second, strict=True)
+                [GENRES[a]] + ([GENRES[b]] if b not in (-1, a) else [])
+                for a, b in zip(genre, second, strict=True)
             ],
-            "actors": [sorted({str(people[person]) for person in row if person >= 0}) for row in catalogue.actors],
+            "actors": [
+                sorted({str(people[person]) for person in row if person >= 0})
+                for row in catalogue.actors
+            ],
             "studios": [[studios[index]] for index in catalogue.studio],
             "countries": [[country] for country in countries],
             "launch_date": _dates(catalogue.launch).dt.date,
@@ -218,8 +246,15 @@ def _write_titles(
     if posters:
         names = [f"{title}.jpg" for title in title_ids]
         frame["poster"] = [f"posters/{name}" for name in names]
-        theme_in_genre = np.array([[t.genre for t in THEMES[:i]].count(theme.genre) for i, theme in enumerate(THEMES)])
-        draw_posters(work / "posters", names, genre, theme_in_genre[catalogue.theme], seed)
+        theme_in_genre = np.array(
+            [
+                [t.genre for t in THEMES[:i]].count(theme.genre)
+                for i, theme in enumerate(THEMES)
+            ]
+        )
+        draw_posters(
+            work / "posters", names, genre, theme_in_genre[catalogue.theme], seed
+        )
     frame.to_parquet(work / "titles.parquet", index=False)
 
 
@@ -228,9 +263,16 @@ def _write_rights(work: Path, world: World, title_ids: np.ndarray) -> None:
     catalogue = world.catalogue
     every = catalogue.licensed.all(2)
     title, region = np.nonzero(every)
-    some_title, some_region, some_plan = np.nonzero(catalogue.licensed & ~every[:, :, None])
-    plan = np.concatenate([np.full(len(title), None), np.array(world.plans, dtype=object)[some_plan]])
-    title, region = np.concatenate([title, some_title]), np.concatenate([region, some_region])
+    some_title, some_region, some_plan = np.nonzero(
+        catalogue.licensed & ~every[:, :, None]
+    )
+    plan = np.concatenate(
+        [np.full(len(title), None), np.array(world.plans, dtype=object)[some_plan]]
+    )
+    title, region = (
+        np.concatenate([title, some_title]),
+        np.concatenate([region, some_region]),
+    )
     opened = np.where(catalogue.launch <= 0, NEVER, catalogue.launch)
     frame = pd.DataFrame(
         {
@@ -246,7 +288,11 @@ def _write_rights(work: Path, world: World, title_ids: np.ndarray) -> None:
 
 
 def _write_viewers(
-    work: Path, world: World, title_ids: np.ndarray, length: np.ndarray, seed: np.random.SeedSequence
+    work: Path,
+    world: World,
+    title_ids: np.ndarray,
+    length: np.ndarray,
+    seed: np.random.SeedSequence,
 ) -> None:
     """Simulate block by block; events and users are streamed, the truth's small columns are kept."""
     user_ids = _ids("u", len(length))
@@ -268,8 +314,17 @@ def _write_viewers(
             viewers = draw_viewers(rng, world, block[by_length])
             behaviour = watch(rng, world, sampler, viewers)
             back = np.argsort(by_length)
-            table = _event_table(world, user_ids[first : first + _BLOCK], title_ids, viewers, behaviour, back)
-            writer = writer or pq.ParquetWriter(work / "events.parquet", table.schema, compression="zstd")
+            table = _event_table(
+                world,
+                user_ids[first : first + _BLOCK],
+                title_ids,
+                viewers,
+                behaviour,
+                back,
+            )
+            writer = writer or pq.ParquetWriter(
+                work / "events.parquet", table.schema, compression="zstd"
+            )
             writer.write_table(table)
             kept["interest_theme"].append(viewers.theme[back])
             kept["interest_weight"].append(viewers.weight[back])
@@ -281,7 +336,9 @@ def _write_viewers(
             writer.close()
     truth = {name: np.concatenate(parts) for name, parts in kept.items()}
     age_band = np.array(AGE_BANDS)[truth.pop("age")]
-    pd.DataFrame({"user_id": user_ids, "age_band": age_band}).to_parquet(work / "users.parquet", index=False)
+    pd.DataFrame({"user_id": user_ids, "age_band": age_band}).to_parquet(
+        work / "users.parquet", index=False
+    )
     _write_truth(work, world, user_ids, title_ids, truth)
 
 
@@ -305,7 +362,9 @@ def _event_table(
     runtime = running_seconds(world.catalogue.theme)[title]
 
     def coded(index: np.ndarray, values: object) -> pa.DictionaryArray:
-        return pa.DictionaryArray.from_arrays(pa.array(index.astype(np.int32)), pa.array(list(values)))
+        return pa.DictionaryArray.from_arrays(
+            pa.array(index.astype(np.int32)), pa.array(list(values))
+        )
 
     return pa.table(
         {
@@ -322,7 +381,11 @@ def _event_table(
 
 
 def _write_truth(
-    work: Path, world: World, user_ids: np.ndarray, title_ids: np.ndarray, viewers: dict[str, np.ndarray]
+    work: Path,
+    world: World,
+    user_ids: np.ndarray,
+    title_ids: np.ndarray,
+    viewers: dict[str, np.ndarray],
 ) -> None:
     np.savez(
         work / "truth.npz",

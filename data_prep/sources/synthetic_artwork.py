@@ -15,7 +15,9 @@ WIDTH, HEIGHT = 96, 128
 _CHUNK = 2000  # posters per task of the process pool
 
 
-def draw_posters(folder: Path, names: list[str], genre: np.ndarray, theme: np.ndarray, seed: int) -> None:
+def draw_posters(
+    folder: Path, names: list[str], genre: np.ndarray, theme: np.ndarray, seed: int
+) -> None:
     """Draw one JPEG (96 x 128 pixels) a title into `folder`, over all cores when there are many.
 
     Args:
@@ -31,15 +33,26 @@ def draw_posters(folder: Path, names: list[str], genre: np.ndarray, theme: np.nd
     if len(chunks) == 1:
         _draw_chunk(*arguments[0])
         return
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        os.cpu_count(), multiprocessing.get_context("spawn")
+    ) as pool:
         for task in [pool.submit(_draw_chunk, *argument) for argument in arguments]:
             task.result()
 
 
-def _draw_chunk(folder: Path, names: list[str], genre: np.ndarray, theme: np.ndarray, seed: int, first: int) -> None:
+def _draw_chunk(
+    folder: Path,
+    names: list[str],
+    genre: np.ndarray,
+    theme: np.ndarray,
+    seed: int,
+    first: int,
+) -> None:
     for row, name in enumerate(names):
         rng = np.random.default_rng((seed, first + row))
-        draw_poster(int(genre[row]), int(theme[row]), rng).save(folder / name, quality=80)
+        draw_poster(int(genre[row]), int(theme[row]), rng).save(
+            folder / name, quality=80
+        )
 
 
 def draw_poster(genre: int, theme: int, rng: np.random.Generator) -> Image.Image:
@@ -49,10 +62,15 @@ def draw_poster(genre: int, theme: int, rng: np.random.Generator) -> Image.Image
     ink = _colour((hue + 0.45) % 1.0, 0.75, 0.95 - 0.12 * theme)
     image = Image.new("RGB", (WIDTH, HEIGHT), ground)
     draw = ImageDraw.Draw(image)
-    _texture(draw, theme, _colour(hue, 0.35, 0.60 + 0.12 * theme), int(rng.integers(0, 8)))
+    _texture(
+        draw, theme, _colour(hue, 0.35, 0.60 + 0.12 * theme), int(rng.integers(0, 8))
+    )
     centre = (WIDTH / 2 + rng.normal(0, 5), HEIGHT * 0.45 + rng.normal(0, 6))
     _shape(draw, genre, centre, 26 + rng.normal(0, 3), ink)
-    draw.rectangle((10, HEIGHT - 22, WIDTH - 10 - int(rng.integers(0, 30)), HEIGHT - 14), fill=(240, 240, 235))
+    draw.rectangle(
+        (10, HEIGHT - 22, WIDTH - 10 - int(rng.integers(0, 30)), HEIGHT - 14),
+        fill=(240, 240, 235),
+    )
     return image
 
 
@@ -61,7 +79,9 @@ def _colour(hue: float, saturation: float, value: float) -> tuple[int, int, int]
     return int(255 * red), int(255 * green), int(255 * blue)
 
 
-def _texture(draw: ImageDraw.ImageDraw, theme: int, colour: tuple[int, int, int], shift: int) -> None:
+def _texture(
+    draw: ImageDraw.ImageDraw, theme: int, colour: tuple[int, int, int], shift: int
+) -> None:
     if theme == 0:
         for y in range(shift, HEIGHT, 10):
             draw.line((0, y, WIDTH, y), fill=colour, width=3)
@@ -78,7 +98,13 @@ def _texture(draw: ImageDraw.ImageDraw, theme: int, colour: tuple[int, int, int]
                 draw.rectangle((x, y, x + 15, y + 15), fill=colour)
 
 
-def _shape(draw: ImageDraw.ImageDraw, genre: int, centre: tuple[float, float], radius: float, ink: tuple) -> None:
+def _shape(
+    draw: ImageDraw.ImageDraw,
+    genre: int,
+    centre: tuple[float, float],
+    radius: float,
+    ink: tuple,
+) -> None:
     x, y = centre
     box = (x - radius, y - radius, x + radius, y + radius)
     family, filled = genre % 6, genre < 6
@@ -93,7 +119,12 @@ def _shape(draw: ImageDraw.ImageDraw, genre: int, centre: tuple[float, float], r
         draw.polygon(_corners(x, y, 10, [radius * 1.2, radius * 0.5]), **style)
 
 
-def _corners(x: float, y: float, count: int, radii: list[float]) -> list[tuple[float, float]]:
+def _corners(
+    x: float, y: float, count: int, radii: list[float]
+) -> list[tuple[float, float]]:
     angles = 2 * np.pi * np.arange(count) / count - np.pi / 2
     spread = np.resize(radii, count)
-    return [(float(x + r * np.cos(a)), float(y + r * np.sin(a))) for r, a in zip(spread, angles, strict=True)]
+    return [
+        (float(x + r * np.cos(a)), float(y + r * np.sin(a)))
+        for r, a in zip(spread, angles, strict=True)
+    ]
