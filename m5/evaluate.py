@@ -1,0 +1,281 @@
+"""Exact evaluation over the full eligible catalogue, overall, per scenario value, for warm and cold titles.
+
+Every row (M5, references, the oracle) answers the same requests with the same candidates: titles that the viewer may
+play at that time and, unless told otherwise, has not watched before. The target itself always is a candidate.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m5.eligibility import Eligibility
+from m5.metrics import (
+    CUTOFFS,
+    SMALL_SLICE,
+    bootstrap_intervals,
+    coverage,
+    gains,
+    hits,
+    propensity_weights,
+    ranking_metrics,
+    tied_rank,
+)
+from m5.schema import TEST, VALID, DataError, PreparedDataset
+
+CHUNK_ELEMENTS = 2**23  # scores held at a time
+BOOTSTRAP_SAMPLES = 500
+
+
+class Scorer(Protocol):
+    """Anything that ranks: `score` may read the user's events before the target and the target's time and scenario."""
+
+    name: str
+
+    def score(self, event_index: np.ndarray) -> Tensor | np.ndarray:
+        """int64 [B] places of the target events in `events/*.npy` -> float32 [B, N], higher is better."""
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The requests that all rows answer; arrays of length R."""
+
+    event: np.ndarray
+    user: np.ndarray
+    target: np.ndarray
+    timestamp: np.ndarray
+    scenario: np.ndarray
+    left_out: int
+
+
+def select_requests(
+    dataset: PreparedDataset,
+    split: Literal["valid", "test"],
+    *,
+    eligibility: Eligibility | None,
+    max_targets: int | None = None,
+    seed: int = 0,
+) -> Requests:
+    """Events of a split as requests; a target that its viewer may not play is left out for all rows.
+
+    Raises:
+        DataError: the split has no events.
+    """
+    wanted = VALID if split == "valid" else TEST
+    event = np.flatnonzero(np.asarray(dataset.event_array("split")) == wanted)
+    if not len(event):
+        raise DataError(f"{dataset.folder}: the {split} split has no events, so there is nothing to evaluate.")
+    if max_targets is not None and len(event) > max_targets:
+        event = np.sort(np.random.default_rng(seed).choice(event, max_targets, replace=False))
+    names = [vocabulary.name for vocabulary in dataset.manifest.scenarios]
+    scenario = np.stack(
+        [np.asarray(dataset.event_array(f"scenario_{name}")[event], dtype=np.int64) for name in names]
+        or [np.zeros(len(event), dtype=np.int64)],
+        axis=1,
+    )
+    target = np.asarray(dataset.event_array("title")[event], dtype=np.int64)
+    timestamp = np.asarray(dataset.event_array("timestamp")[event], dtype=np.int64)
+    keep = np.ones(len(event), dtype=bool)
+    if eligibility is not None:
+        rows = max(1, CHUNK_ELEMENTS // dataset.manifest.n_titles)
+        for first in range(0, len(event), rows):
+            part = slice(first, first + rows)
+            mask = eligibility.mask(torch.from_numpy(scenario[part]), torch.from_numpy(timestamp[part]))
+            keep[part] = mask.gather(1, torch.from_numpy(target[part]).unsqueeze(-1)).squeeze(-1).numpy()
+    user = np.searchsorted(dataset.offsets, event, side="right") - 1
+    return Requests(
+        event[keep], user[keep], target[keep], timestamp[keep], scenario[keep], int(len(keep) - keep.sum())
+    )
+
+
+def seen_titles(dataset: PreparedDataset, requests: Requests, part: slice) -> tuple[np.ndarray, np.ndarray]:
+    """(row, title) of everything the viewers of these requests had watched before."""
+    start, stop = dataset.offsets[requests.user[part]], requests.event[part]
+    count = stop - start
+    row = np.repeat(np.arange(len(count)), count)
+    place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(start, count)
+    return row, np.asarray(dataset.event_array("title")[place], dtype=np.int64)
+
+
+@dataclass
+class Ranking:
+    """Ranks of one row's targets, its longest lists and the titles that were candidates for anybody."""
+
+    rank: np.ndarray
+    top: Tensor
+    eligible: Tensor
+
+
+def rank_targets(
+    dataset: PreparedDataset,
+    scorer: Scorer,
+    requests: Requests,
+    *,
+    eligibility: Eligibility | None,
+    filter_seen: bool,
+    list_length: int = max(CUTOFFS),
+) -> Ranking:
+    """Score all candidates for every request, chunk by chunk, and rank the targets."""
+    titles = dataset.manifest.n_titles
+    list_length = min(list_length, titles)
+    rows = max(1, CHUNK_ELEMENTS // titles)
+    ranks, tops, eligible = [], [], torch.zeros(titles, dtype=torch.bool)
+    for first in range(0, len(requests.event), rows):
+        part = slice(first, first + rows)
+        score_BN = torch.as_tensor(scorer.score(requests.event[part])).float().cpu().clone()
+        if score_BN.isnan().any():
+            raise DataError(f"row '{scorer.name}' scored a title with NaN: its weights are damaged.")
+        allowed_BN = torch.ones_like(score_BN, dtype=torch.bool)
+        if eligibility is not None:
+            allowed_BN = eligibility.mask(
+                torch.from_numpy(requests.scenario[part]), torch.from_numpy(requests.timestamp[part])
+            )
+        if filter_seen:
+            allowed_BN[seen_titles(dataset, requests, part)] = False
+        target_B = torch.from_numpy(requests.target[part])
+        allowed_BN.scatter_(1, target_B.unsqueeze(-1), True)
+        # A row may itself score with -inf; a candidate still ranks before what is none.
+        score_BN = score_BN.clamp(min=torch.finfo(torch.float32).min).masked_fill_(~allowed_BN, -torch.inf)
+        ranks.append(tied_rank(score_BN, target_B))
+        best = torch.topk(score_BN, list_length)
+        tops.append(best.indices.masked_fill(best.values == -torch.inf, -1).to(torch.int32))
+        eligible |= allowed_BN.any(0)
+    return Ranking(np.concatenate(ranks), torch.cat(tops), eligible)
+
+
+def evaluate(
+    dataset: PreparedDataset,
+    scorers: list[Scorer],
+    *,
+    split: Literal["valid", "test"] = "test",
+    filter_seen: bool = True,
+    max_targets: int | None = None,
+    bootstrap: int = BOOTSTRAP_SAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Metrics of every row on the same requests.
+
+    Args:
+        dataset: prepared dataset.
+        scorers: the rows.
+        split: whose events are the targets.
+        filter_seen: leave titles out that the viewer had watched before.
+        max_targets: a random part of the targets, fixed by the seed; none: all.
+        bootstrap: samples of the confidence intervals of hr@10 and ndcg@10; 0: no intervals.
+
+    Returns:
+        {"models": {row: {"overall": {...}, "scenarios": {"region=US": {...}}, "warm": {...}, "cold": {...}}}, ...}
+    """
+    eligibility = Eligibility.from_dataset(dataset)
+    requests = select_requests(dataset, split, eligibility=eligibility, max_targets=max_targets, seed=seed)
+    slices, warnings = _slices(dataset, requests)
+    if requests.left_out:
+        warnings.append(f"{requests.left_out} {split} targets were left out: their viewer may not play them.")
+    weight = propensity_weights(dataset.titles["train_count"].to_numpy(np.float64), requests.target)
+    models: dict[str, Any] = {}
+    for scorer in scorers:
+        ranking = rank_targets(dataset, scorer, requests, eligibility=eligibility, filter_seen=filter_seen)
+
+        def measured(rows: np.ndarray, ranking: Ranking = ranking) -> dict[str, Any]:
+            return _measure(ranking, requests, weight, rows, bootstrap=bootstrap, seed=seed)
+
+        everyone = np.arange(len(requests.event))
+        models[scorer.name] = {
+            "overall": measured(everyone),
+            "scenarios": {name: measured(rows) for name, rows in slices.items() if "=" in name},
+            "warm": measured(slices["warm"]),
+            "cold": measured(slices["cold"]),
+        }
+    return {
+        "models": models,
+        "dataset": {"name": dataset.manifest.name, "content_hash": dataset.manifest.content_hash},
+        "settings": {"split": split, "filter_seen": filter_seen, "max_targets": max_targets, "bootstrap": bootstrap},
+        "warnings": warnings,
+    }
+
+
+def _slices(dataset: PreparedDataset, requests: Requests) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Rows of each scenario value and of warm and cold targets, and warnings on those with few requests."""
+    slices: dict[str, np.ndarray] = {}
+    for column, vocabulary in enumerate(dataset.manifest.scenarios):
+        for index in np.unique(requests.scenario[:, column]):
+            value = vocabulary.values[index - 1] if index else "unknown"
+            slices[f"{vocabulary.name}={value}"] = np.flatnonzero(requests.scenario[:, column] == index)
+    is_cold = dataset.titles["cold"].to_numpy(bool)[requests.target]
+    slices |= {"warm": np.flatnonzero(~is_cold), "cold": np.flatnonzero(is_cold)}
+    warnings = [
+        f"{name}: only {len(rows)} requests; read its numbers with their intervals."
+        for name, rows in slices.items()
+        if 0 < len(rows) < SMALL_SLICE
+    ]
+    return slices, warnings
+
+
+def _measure(
+    ranking: Ranking, requests: Requests, weight: np.ndarray, rows: np.ndarray, *, bootstrap: int, seed: int
+) -> dict[str, Any]:
+    rank = ranking.rank[rows]
+    metrics: dict[str, Any] = ranking_metrics(rank, weight[rows])
+    top_BK = ranking.top[torch.from_numpy(rows)]
+    metrics |= {f"coverage@{k}": coverage(top_BK[:, :k], ranking.eligible) for k in CUTOFFS}
+    values = {"hr@10": hits(rank, 10), "ndcg@10": gains(rank, 10)}
+    metrics["ci"] = bootstrap_intervals(values, requests.user[rows], samples=bootstrap, seed=seed)
+    metrics["n"] = len(rows)
+    return metrics
+
+
+def evaluate_run(
+    run: Path,
+    json_path: Path | None = None,
+    *,
+    rows: dict[str, Path] | None = None,
+    filter_seen: bool | None = None,
+    max_targets: int | None = None,
+    references: bool = True,
+) -> dict[str, Any]:
+    """Test metrics of the checkpoint that validation chose, beside the reference rows; printed and written.
+
+    Args:
+        run: folder of `m5 train`.
+        json_path: where the JSON goes; RUN/evaluation.json by default.
+        rows: further runs on the same dataset, by row name.
+        filter_seen: as in `evaluate`; by default as the run's training.filter_seen.
+        max_targets: as in `evaluate`.
+        references: whether to fit popularity, item-kNN and EASE too (and the oracle where the world has its truth).
+    """
+    from m5.baselines import reference_scorers
+    from m5.checkpoint import read_record
+    from m5.evaluation_report import print_report
+    from m5.predict import Predictor
+
+    run = Path(run)
+    predictor = Predictor.load(run)
+    scorers: list[Scorer] = [predictor]
+    for name, folder in (rows or {}).items():
+        other = Predictor.load(folder)
+        if other.dataset.manifest.content_hash != predictor.dataset.manifest.content_hash:
+            raise DataError(f"{folder} was trained on another dataset than {run}; their rows cannot be compared.")
+        other.name = name
+        scorers.append(other)
+    seen = predictor.config.training.filter_seen if filter_seen is None else filter_seen
+    notes: list[str] = []
+    if references:
+        found, notes = reference_scorers(predictor.dataset, filter_seen=seen)
+        scorers += found
+    report = evaluate(predictor.dataset, scorers, filter_seen=seen, max_targets=max_targets)
+    record = read_record(run)
+    report["checkpoint"] = {key: record[key] for key in ("step", "epoch", "weights_sha256")}
+    report["warnings"] += notes
+    target = Path(json_path) if json_path is not None else run / "evaluation.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.writing")
+    temporary.write_text(json.dumps(report, indent=1))
+    temporary.replace(target)
+    print_report(report)
+    return report
