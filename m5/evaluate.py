@@ -89,9 +89,7 @@ def select_requests(
             mask = eligibility.mask(torch.from_numpy(scenario[part]), torch.from_numpy(timestamp[part]))
             keep[part] = mask.gather(1, torch.from_numpy(target[part]).unsqueeze(-1)).squeeze(-1).numpy()
     user = np.searchsorted(dataset.offsets, event, side="right") - 1
-    return Requests(
-        event[keep], user[keep], target[keep], timestamp[keep], scenario[keep], int(len(keep) - keep.sum())
-    )
+    return Requests(event[keep], user[keep], target[keep], timestamp[keep], scenario[keep], int(len(keep) - keep.sum()))
 
 
 def seen_titles(dataset: PreparedDataset, requests: Requests, part: slice) -> tuple[np.ndarray, np.ndarray]:

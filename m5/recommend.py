@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from m5.data.sequences import Behaviours, Requests, age_bucket
+from m5.data.sequences import Behaviours, age_bucket
 from m5.eligibility import Eligibility
 from m5.model.multi_modal_embedding import START
 from m5.predict import Predictor

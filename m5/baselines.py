@@ -1,0 +1,156 @@
+"""Reference rows: recent popularity, item-kNN and EASE, fitted on training events, settings chosen on validation.
+
+They are a few lines of SciPy each, because no library fits beside the pinned set: RecTools 0.19 asks for NumPy 1 and
+pandas 2, LensKit 2025 for pandas 2, and both rank known users, while a request here is any history at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import scipy.sparse as sp
+from rich.console import Console
+
+from m5.evaluate import Scorer, evaluate
+from m5.schema import TRAIN, PreparedDataset
+
+DAY = 86_400
+CHOICE_TARGETS = 2_000  # validation requests that settings are chosen on
+MAX_EASE_TITLES = 20_000  # EASE inverts a dense N x N matrix in float32: 1.6 GB here
+CHOICE_METRIC = "ndcg@10"
+
+
+class Interactions:
+    """Training matrix and histories of a dataset, shared by the rows."""
+
+    def __init__(self, dataset: PreparedDataset):
+        self.dataset = dataset
+        self.offsets = dataset.offsets
+        self.title = np.asarray(dataset.event_array("title"), dtype=np.int64)
+        self.timestamp = np.asarray(dataset.event_array("timestamp"))
+        self.train = np.flatnonzero(np.asarray(dataset.event_array("split")) == TRAIN)
+        user = np.searchsorted(self.offsets, self.train, side="right") - 1
+        shape = (dataset.manifest.n_users, dataset.manifest.n_titles)
+        matrix = sp.coo_matrix((np.ones(len(user), np.float32), (user, self.title[self.train])), shape).tocsr()
+        matrix.data[:] = 1.0  # a repeated watch counts once
+        self.matrix_UN = matrix
+
+    def histories(self, event_index: np.ndarray) -> sp.csr_matrix:
+        """float32 [B, N], 1 where the user of a target event had watched the title before it."""
+        start = self.offsets[np.searchsorted(self.offsets, event_index, side="right") - 1]
+        count = event_index - start
+        place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(start, count)
+        row = np.repeat(np.arange(len(count)), count)
+        shape = (len(event_index), self.dataset.manifest.n_titles)
+        matrix = sp.coo_matrix((np.ones(len(row), np.float32), (row, self.title[place])), shape).tocsr()
+        matrix.data[:] = 1.0
+        return matrix
+
+
+class Popularity:
+    """Watches in the last `days` of the training period."""
+
+    def __init__(self, data: Interactions, days: float):
+        self.name, self.setting = "popularity", {"days": days}
+        timestamp = data.timestamp[data.train]
+        recent = data.train[timestamp >= timestamp.max() - days * DAY]
+        self.count_N = np.bincount(data.title[recent], minlength=data.dataset.manifest.n_titles).astype(np.float32)
+
+    def score(self, event_index: np.ndarray) -> np.ndarray:
+        """int64 [B] -> float32 [B, N]."""
+        return np.broadcast_to(self.count_N, (len(event_index), len(self.count_N)))
+
+
+class ItemKNN:
+    """Sum of cosine similarities to the watched titles, each title keeping its nearest `neighbours`.
+
+    Source: Sarwar et al., WWW 2001, doi 10.1145/371920.372071.
+    """
+
+    def __init__(self, data: Interactions, neighbours: int):
+        self.name, self.setting, self.data = "item-knn", {"neighbours": neighbours}, data
+        norm_N = np.sqrt(np.maximum(np.asarray(data.matrix_UN.sum(axis=0)).ravel(), 1))
+        unit_UN = data.matrix_UN @ sp.diags(1 / norm_N).astype(np.float32)
+        similarity = (unit_UN.T @ unit_UN).tocsr()
+        similarity.setdiag(0)
+        self.similarity_NN = _largest_per_row(similarity, neighbours).T.tocsr()
+
+    def score(self, event_index: np.ndarray) -> np.ndarray:
+        """int64 [B] -> float32 [B, N]."""
+        return (self.data.histories(event_index) @ self.similarity_NN).toarray()
+
+
+def _largest_per_row(matrix: sp.csr_matrix, keep: int) -> sp.csr_matrix:
+    """Only the `keep` largest entries of each row."""
+    row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    order = np.lexsort((-matrix.data, row))
+    place = np.arange(len(row)) - matrix.indptr[row]
+    kept = order[place < keep]
+    return sp.csr_matrix((matrix.data[kept], (row[kept], matrix.indices[kept])), matrix.shape)
+
+
+class EASE:
+    """Linear autoencoder with zero diagonal in closed form.
+
+    Source: Steck, "Embarrassingly shallow autoencoders for sparse data", WWW 2019, doi 10.1145/3308558.3313710.
+    """
+
+    def __init__(self, data: Interactions, regularisation: float):
+        self.name, self.setting, self.data = "ease", {"regularisation": regularisation}, data
+        gram_NN = np.asarray((data.matrix_UN.T @ data.matrix_UN).todense(), dtype=np.float32)
+        gram_NN[np.diag_indices_from(gram_NN)] += regularisation
+        inverse_NN = np.linalg.inv(gram_NN)
+        weight_NN = inverse_NN / -np.diag(inverse_NN)
+        np.fill_diagonal(weight_NN, 0.0)
+        self.weight_NN = weight_NN
+
+    def score(self, event_index: np.ndarray) -> np.ndarray:
+        """int64 [B] -> float32 [B, N]."""
+        return self.data.histories(event_index) @ self.weight_NN
+
+
+def _chosen(
+    dataset: PreparedDataset, make: Callable[[float], Scorer], settings: Sequence[float], *, filter_seen: bool
+) -> Scorer:
+    """The row whose setting ranks validation targets best."""
+    best, best_value = None, -1.0
+    for setting in settings:
+        scorer = make(setting)
+        report = evaluate(
+            dataset, [scorer], split="valid", filter_seen=filter_seen, max_targets=CHOICE_TARGETS, bootstrap=0
+        )
+        value = report["models"][scorer.name]["overall"][CHOICE_METRIC]
+        if value > best_value:
+            best, best_value = scorer, value
+    assert best is not None
+    return best
+
+
+def reference_scorers(dataset: PreparedDataset, *, filter_seen: bool) -> tuple[list[Scorer], list[str]]:
+    """Popularity, item-kNN, EASE, and the oracle where the dataset carries the truth of a synthetic world.
+
+    Returns:
+        The rows, and notes: which setting validation chose, and what was left out.
+    """
+    data = Interactions(dataset)
+    grids: list[tuple[Callable[[float], Scorer], Sequence[float]]] = [
+        (lambda days: Popularity(data, days), (7, 30, 90, 100_000)),
+        (lambda neighbours: ItemKNN(data, int(neighbours)), (20, 50, 100, 200)),
+    ]
+    notes: list[str] = []
+    if dataset.manifest.n_titles <= MAX_EASE_TITLES:
+        grids.append((lambda regularisation: EASE(data, regularisation), (50, 200, 500, 1000)))
+    else:
+        notes.append(f"ease: left out, its {dataset.manifest.n_titles:,} x N matrix would not fit.")
+    scorers: list[Scorer] = []
+    with Console(stderr=True).status("fitting reference rows"):
+        for make, settings in grids:
+            scorer = _chosen(dataset, make, settings, filter_seen=filter_seen)
+            notes.append(f"{scorer.name}: validation chose {scorer.setting}.")
+            scorers.append(scorer)
+    if (dataset.folder / "truth.npz").is_file():
+        from m5.oracle import OracleScorer
+
+        scorers.append(OracleScorer(dataset))
+    return scorers, notes
