@@ -49,61 +49,38 @@ class OracleScorer:
     def __init__(self, dataset: PreparedDataset):
         path = dataset.folder / "truth.npz"
         if not path.is_file():
-            raise DataError(
-                f"{path} is missing: only a dataset prepared from a synthetic world has an oracle."
-            )
+            raise DataError(f"{path} is missing: only a dataset prepared from a synthetic world has an oracle.")
         with np.load(path) as archive:
             self.truth = {name: archive[name] for name in archive.files}
         self.offsets = np.asarray(dataset.offsets)
         self.title = dataset.event_array("title")
         self.timestamp = dataset.event_array("timestamp")
-        self.user = _rows(
-            self.truth["user_id"], dataset.users["user_id"], f"{path}: users"
-        )
-        self.column = _rows(
-            self.truth["title_id"], dataset.titles["title_id"], f"{path}: titles"
-        )
-        self.scenario = {
-            name: self._scenario_value(dataset, name) for name in ("region", "plan")
-        }
-        if not np.array_equal(
-            np.diff(self.truth["offset"])[self.user], np.diff(self.offsets)
-        ):
+        self.user = _rows(self.truth["user_id"], dataset.users["user_id"], f"{path}: users")
+        self.column = _rows(self.truth["title_id"], dataset.titles["title_id"], f"{path}: titles")
+        self.scenario = {name: self._scenario_value(dataset, name) for name in ("region", "plan")}
+        if not np.array_equal(np.diff(self.truth["offset"])[self.user], np.diff(self.offsets)):
             raise DataError(
                 f"{path}: users' event counts differ from events/offsets.npy, so the truth does not belong to this "
                 "dataset or events were dropped. Prepare the synthetic world again with its own dataset.yaml."
             )
 
-    def _scenario_value(
-        self, dataset: PreparedDataset, name: str
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _scenario_value(self, dataset: PreparedDataset, name: str) -> tuple[np.ndarray, np.ndarray]:
         """The event column and the truth's index of every vocabulary entry (-1 = none)."""
-        vocabulary = next(
-            (v for v in dataset.manifest.scenarios if v.name == name), None
-        )
+        vocabulary = next((v for v in dataset.manifest.scenarios if v.name == name), None)
         if vocabulary is None:
-            raise DataError(
-                f"{dataset.folder}: the oracle needs the scenario column {name!r}, which was not prepared."
-            )
+            raise DataError(f"{dataset.folder}: the oracle needs the scenario column {name!r}, which was not prepared.")
         known = list(self.truth[name])
         lookup = np.array(
             [
                 -1,
-                *(
-                    known.index(value) if value in known else -1
-                    for value in vocabulary.values
-                ),
+                *(known.index(value) if value in known else -1 for value in vocabulary.values),
             ]
         )
         return dataset.event_array(f"scenario_{name}"), lookup
 
-    def cell(
-        self, event_index: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def cell(self, event_index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Region, plan and week (int64 [B] each) of the events, as the truth numbers them."""
-        region, plan = (
-            lookup[column[event_index]] for column, lookup in self.scenario.values()
-        )
+        region, plan = (lookup[column[event_index]] for column, lookup in self.scenario.values())
         if (region < 0).any() or (plan < 0).any():
             raise DataError(
                 "the oracle cannot score an event whose region or plan is not one of the synthetic world's."
@@ -111,20 +88,14 @@ class OracleScorer:
         week = (self.timestamp[event_index] - self.truth["start"]) // self.truth["week"]
         return region, plan, week
 
-    def interest_probability(
-        self, event_index: np.ndarray, cell: tuple[np.ndarray, ...]
-    ) -> np.ndarray:
+    def interest_probability(self, event_index: np.ndarray, cell: tuple[np.ndarray, ...]) -> np.ndarray:
         """float64 [B, G]: probability of the theme that an event draws from, before seen titles are ruled out."""
         truth, row = self.truth, np.arange(len(event_index))
         user_row = np.searchsorted(self.offsets, event_index, side="right") - 1
         user = self.user[user_row]
-        previous = truth["previous"][
-            truth["offset"][user] + event_index - self.offsets[user_row]
-        ]
+        previous = truth["previous"][truth["offset"][user] + event_index - self.offsets[user_row]]
         theme = truth["interest_theme"][user]
-        appeal = truth["theme_appeal"][cell][
-            row[:, None], theme
-        ]  # -1 reads some theme, whose weight is 0
+        appeal = truth["theme_appeal"][cell][row[:, None], theme]  # -1 reads some theme, whose weight is 0
         weight = truth["interest_weight"][user] * np.exp(appeal.astype(np.float64))
         share = weight / weight.sum(1, keepdims=True)
         stays = np.where(previous >= 0, float(truth["persistence"]), 0.0)
@@ -152,20 +123,14 @@ class OracleScorer:
         row, place = np.nonzero(before < events[:, None])
         probability[row, self.title[before[row, place]]] = 0.0
         total = probability.sum(1, keepdims=True)
-        return np.divide(
-            probability, total, out=np.zeros_like(probability), where=total > 0
-        ).astype(np.float32)
+        return np.divide(probability, total, out=np.zeros_like(probability), where=total > 0).astype(np.float32)
 
 
 def _rows(truth_ids: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:
     """int64: for every id of the dataset its row in the truth's order."""
     order = np.argsort(truth_ids)
     wanted = np.asarray(ids, dtype=str)
-    place = order[
-        np.minimum(np.searchsorted(truth_ids, wanted, sorter=order), len(order) - 1)
-    ]
+    place = order[np.minimum(np.searchsorted(truth_ids, wanted, sorter=order), len(order) - 1)]
     if not np.array_equal(truth_ids[place], wanted):
-        raise DataError(
-            f"{what} of the dataset are not those of the truth: it belongs to another synthetic world."
-        )
+        raise DataError(f"{what} of the dataset are not those of the truth: it belongs to another synthetic world.")
     return place

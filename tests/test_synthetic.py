@@ -24,16 +24,8 @@ def prepared(raw: Path, folder: Path) -> PreparedDataset:
     """What the oracle reads of a prepared dataset, with users and titles in another order than the truth's."""
     rng = np.random.default_rng(5)
     events = pd.read_parquet(raw / "events.parquet")
-    users = (
-        pd.read_parquet(raw / "users.parquet")
-        .sample(frac=1, random_state=1)
-        .reset_index(drop=True)
-    )
-    titles = (
-        pd.read_parquet(raw / "titles.parquet")
-        .sample(frac=1, random_state=2)
-        .reset_index(drop=True)
-    )
+    users = pd.read_parquet(raw / "users.parquet").sample(frac=1, random_state=1).reset_index(drop=True)
+    titles = pd.read_parquet(raw / "titles.parquet").sample(frac=1, random_state=2).reset_index(drop=True)
     user = pd.Index(users["user_id"]).get_indexer(events["user_id"].astype(str))
     order = np.lexsort((events["ts"], user))
     (folder / "events").mkdir(parents=True)
@@ -47,9 +39,7 @@ def prepared(raw: Path, folder: Path) -> PreparedDataset:
     )
     write(
         "title",
-        pd.Index(titles["title_id"])
-        .get_indexer(events["title_id"].astype(str))[order]
-        .astype(np.int32),
+        pd.Index(titles["title_id"]).get_indexer(events["title_id"].astype(str))[order].astype(np.int32),
     )
     write("timestamp", events["ts"].to_numpy()[order])
     scenarios = []
@@ -96,9 +86,7 @@ def dataset(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedData
 def law(dataset: PreparedDataset) -> tuple[np.ndarray, np.ndarray]:
     """The oracle's probability of every title at every event (float64 [T, N]), and the titles that were watched."""
     events = np.arange(dataset.manifest.n_events)
-    return OracleScorer(dataset).score(events).astype(np.float64), np.asarray(
-        dataset.event_array("title")
-    )
+    return OracleScorer(dataset).score(events).astype(np.float64), np.asarray(dataset.event_array("title"))
 
 
 def test_tables_have_the_columns_that_dataset_yaml_names(raw: Path) -> None:
@@ -109,11 +97,7 @@ def test_tables_have_the_columns_that_dataset_yaml_names(raw: Path) -> None:
         assert set(named) <= columns, table
     assert (raw / roles["truth"]).is_file()
     titles = pd.read_parquet(raw / "titles.parquet")
-    assert (
-        len(titles) == TITLES
-        and titles["name"].is_unique
-        and titles["title_id"].is_unique
-    )
+    assert len(titles) == TITLES and titles["name"].is_unique and titles["title_id"].is_unique
     assert {Image.open(raw / path).size for path in titles["poster"]} == {(96, 128)}
 
 
@@ -126,33 +110,21 @@ def test_nobody_watches_a_title_twice_or_two_at_once(raw: Path) -> None:
 
 
 def test_every_event_was_allowed(raw: Path) -> None:
-    events = (
-        pd.read_parquet(raw / "events.parquet")
-        .astype({"title_id": str, "region": str, "plan": str})
-        .reset_index()
-    )
+    events = pd.read_parquet(raw / "events.parquet").astype({"title_id": str, "region": str, "plan": str}).reset_index()
     rights = pd.read_parquet(raw / "rights.parquet").rename(columns={"plan": "right"})
     rows = events.merge(rights, on=["title_id", "region"])
     moment = pd.to_datetime(rows["ts"], unit="s")
     begins, ends = pd.to_datetime(rows["from"]), pd.to_datetime(rows["to"])
-    covers = (
-        (rows["right"].isna() | (rows["right"] == rows["plan"]))
-        & ~(moment < begins)
-        & ~(moment >= ends)
-    )
+    covers = (rows["right"].isna() | (rows["right"] == rows["plan"])) & ~(moment < begins) & ~(moment >= ends)
     assert set(rows.loc[covers, "index"]) == set(events["index"])
-    launched = events["title_id"].map(
-        pd.read_parquet(raw / "titles.parquet").set_index("title_id")["launch_date"]
-    )
+    launched = events["title_id"].map(pd.read_parquet(raw / "titles.parquet").set_index("title_id")["launch_date"])
     assert (pd.to_datetime(launched) <= pd.to_datetime(events["ts"], unit="s")).all()
 
 
 def test_some_titles_are_launched_after_the_training_period(raw: Path) -> None:
     events = pd.read_parquet(raw / "events.parquet")
     training = events["ts"] < events["ts"].quantile(0.8)
-    cold = set(pd.read_parquet(raw / "titles.parquet")["title_id"]) - set(
-        events.loc[training, "title_id"]
-    )
+    cold = set(pd.read_parquet(raw / "titles.parquet")["title_id"]) - set(events.loc[training, "title_id"])
     assert 0.04 < len(cold) / TITLES < 0.14
     assert events.loc[~training, "title_id"].isin(cold).mean() > 0.05
 
@@ -162,20 +134,12 @@ def test_same_seed_same_world(raw: Path, tmp_path: Path) -> None:
     again = synthetic.generate(tmp_path / "again", seed=3, **size).parent
     other = synthetic.generate(tmp_path / "other", seed=4, **size).parent
     for table in ("events", "users", "rights"):
-        assert (again / f"{table}.parquet").read_bytes() == (
-            raw / f"{table}.parquet"
-        ).read_bytes()
-    assert (other / "events.parquet").read_bytes() != (
-        raw / "events.parquet"
-    ).read_bytes()
+        assert (again / f"{table}.parquet").read_bytes() == (raw / f"{table}.parquet").read_bytes()
+    assert (other / "events.parquet").read_bytes() != (raw / "events.parquet").read_bytes()
     assert not (again / "posters").exists()
-    assert (
-        "artwork" not in yaml.safe_load((again / "dataset.yaml").read_text())["titles"]
-    )
+    assert "artwork" not in yaml.safe_load((again / "dataset.yaml").read_text())["titles"]
     with np.load(again / "truth.npz") as truth, np.load(raw / "truth.npz") as expected:
-        assert all(
-            np.array_equal(truth[name], expected[name]) for name in expected.files
-        )
+        assert all(np.array_equal(truth[name], expected[name]) for name in expected.files)
 
 
 def test_oracle_rows_are_distributions_that_allow_what_happened(
@@ -192,18 +156,14 @@ def test_oracle_is_calibrated(law: tuple[np.ndarray, np.ndarray]) -> None:
     hit = np.zeros_like(probability, dtype=bool)
     hit[np.arange(len(watched)), watched] = True
     variance = probability * (1 - probability)
-    bins = np.digitize(
-        probability, [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.2, 0.3, 0.5]
-    )
+    bins = np.digitize(probability, [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.2, 0.3, 0.5])
     for chosen in (bins == b for b in np.unique(bins)):
         surprise = hit[chosen].sum() - probability[chosen].sum()
         assert abs(surprise) < 4 * np.sqrt(variance[chosen].sum()) + 1
     z_title = (hit.sum(0) - probability.sum(0)) / np.sqrt(variance.sum(0) + 1e-9)
     busy = probability.sum(0) > 10
     assert np.abs(z_title[busy]).max() < 4.5
-    assert (
-        0.8 < np.mean(z_title[busy] ** 2) < 1.25
-    )  # the mean of squared normal scores is 1
+    assert 0.8 < np.mean(z_title[busy] ** 2) < 1.25  # the mean of squared normal scores is 1
 
 
 def test_oracle_predicts_its_own_entropy(law: tuple[np.ndarray, np.ndarray]) -> None:
@@ -227,26 +187,16 @@ def test_oracle_equals_its_definition(dataset: PreparedDataset) -> None:
         dataset.users["user_id"],
     )
     title_of, time_of = dataset.event_array("title"), dataset.event_array("timestamp")
-    scenario = {
-        v.name: dataset.event_array(f"scenario_{v.name}")
-        for v in dataset.manifest.scenarios
-    }
+    scenario = {v.name: dataset.event_array(f"scenario_{v.name}") for v in dataset.manifest.scenarios}
     names = {v.name: v.values for v in dataset.manifest.scenarios}
-    events = np.random.default_rng(0).choice(
-        dataset.manifest.n_events, 12, replace=False
-    )
+    events = np.random.default_rng(0).choice(dataset.manifest.n_events, 12, replace=False)
     events[0] = dataset.offsets[7]  # a viewer's first event
     for event, row in zip(events, scorer.score(events), strict=True):
         user = int(np.searchsorted(dataset.offsets, event, side="right")) - 1
         place = list(truth["user_id"]).index(users[user])
-        region, plan = (
-            list(truth[n]).index(names[n][scenario[n][event] - 1])
-            for n in ("region", "plan")
-        )
+        region, plan = (list(truth[n]).index(names[n][scenario[n][event] - 1]) for n in ("region", "plan"))
         week = int(time_of[event] - truth["start"]) // int(truth["week"])
-        previous = truth["previous"][
-            truth["offset"][place] + event - dataset.offsets[user]
-        ]
+        previous = truth["previous"][truth["offset"][place] + event - dataset.offsets[user]]
         themes, weights = (
             truth["interest_theme"][place],
             truth["interest_weight"][place].astype(float),
@@ -258,27 +208,19 @@ def test_oracle_equals_its_definition(dataset: PreparedDataset) -> None:
         share = [s / sum(share) for s in share]
         if previous >= 0:
             stay = float(truth["persistence"])
-            share = [
-                stay * (k == previous) + (1 - stay) * s for k, s in enumerate(share)
-            ]
+            share = [stay * (k == previous) + (1 - stay) * s for k, s in enumerate(share)]
         expected = np.zeros(len(titles))
         for i, title_id in enumerate(titles):
             j = list(truth["title_id"]).index(title_id)
             theme = truth["title_theme"][j]
-            followed = sum(
-                s * truth["spill"][t, theme] for t, s in zip(themes, share, strict=True)
-            )
-            mixed = (1 - truth["noise"]) * followed + truth["noise"] * truth[
-                "noise_theme"
-            ][theme]
+            followed = sum(s * truth["spill"][t, theme] for t, s in zip(themes, share, strict=True))
+            mixed = (1 - truth["noise"]) * followed + truth["noise"] * truth["noise_theme"][theme]
             expected[i] = truth["title_probability"][region, plan, week, j] * mixed
         expected[title_of[dataset.offsets[user] : event]] = 0
         np.testing.assert_allclose(row, expected / expected.sum(), rtol=1e-4, atol=1e-9)
 
 
-def test_scenario_matters(
-    dataset: PreparedDataset, law: tuple[np.ndarray, np.ndarray]
-) -> None:
+def test_scenario_matters(dataset: PreparedDataset, law: tuple[np.ndarray, np.ndarray]) -> None:
     """The best guess without region and plan, among playable titles, is worth much less: NDCG@10 down by over 15%."""
     probability, watched = law
     scorer = OracleScorer(dataset)
@@ -303,9 +245,7 @@ def _ndcg(score: np.ndarray, watched: np.ndarray) -> float:
     return float(np.where(rank <= 10, 1 / np.log2(rank + 1), 0).mean())
 
 
-def test_watch_time_follows_utility(
-    raw: Path, dataset: PreparedDataset, law: tuple[np.ndarray, np.ndarray]
-) -> None:
+def test_watch_time_follows_utility(raw: Path, dataset: PreparedDataset, law: tuple[np.ndarray, np.ndarray]) -> None:
     probability, watched = law
     events = pd.read_parquet(raw / "events.parquet").astype({"user_id": str})
     events["user"] = pd.Index(dataset.users["user_id"]).get_indexer(events["user_id"])
@@ -314,9 +254,7 @@ def test_watch_time_follows_utility(
     low, high = np.quantile(likely, [0.25, 0.75])
     assert completion[likely > high].mean() > completion[likely < low].mean() + 0.15
     accidents = (completion < 0.2).mean()
-    assert (
-        0.03 < accidents < 0.2
-    )  # over `noise`, because in so small a world much of what viewers like was seen
+    assert 0.03 < accidents < 0.2  # over `noise`, because in so small a world much of what viewers like was seen
     assert likely[completion < 0.1].mean() < 0.5 * likely[completion > 0.5].mean()
 
 
@@ -324,18 +262,11 @@ def test_posters_carry_the_genre() -> None:
     """The nearest poster by 12 x 16 pixels has the same genre."""
     labels = np.repeat(np.arange(len(GENRES)), 40)
     rng = np.random.default_rng(1)
-    posters = [
-        draw_poster(int(genre), int(rng.integers(4)), rng).resize((12, 16))
-        for genre in labels
-    ]
-    pixels = np.stack(
-        [np.asarray(poster, dtype=np.float64).ravel() for poster in posters]
-    )
+    posters = [draw_poster(int(genre), int(rng.integers(4)), rng).resize((12, 16)) for genre in labels]
+    pixels = np.stack([np.asarray(poster, dtype=np.float64).ravel() for poster in posters])
     half = np.arange(len(labels)) % 2 == 0
     distance = ((pixels[~half][:, None] - pixels[half]) ** 2).sum(2)
-    assert (
-        labels[half][distance.argmin(1)] == labels[~half]
-    ).mean() > 0.9  # chance is 1 / 12
+    assert (labels[half][distance.argmin(1)] == labels[~half]).mean() > 0.9  # chance is 1 / 12
 
 
 def test_descriptions_carry_the_theme(raw: Path) -> None:
@@ -367,9 +298,7 @@ def test_impossible_sizes_are_refused(tmp_path: Path, size: dict, word: str) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_failure_leaves_the_old_world_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failure_leaves_the_old_world_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "RAW").mkdir()
     (tmp_path / "RAW" / "mine.txt").write_text("kept")
 
@@ -395,14 +324,10 @@ def test_one_region_and_three_plans(tmp_path: Path) -> None:
     ).parent
     data = prepared(raw, tmp_path / "DATA")
     probability = OracleScorer(data).score(np.arange(data.manifest.n_events))
-    assert (
-        probability[np.arange(len(probability)), data.event_array("title")] > 0
-    ).all()
+    assert (probability[np.arange(len(probability)), data.event_array("title")] > 0).all()
 
 
-def test_oracle_refuses_a_dataset_that_is_not_its_own(
-    raw: Path, tmp_path: Path
-) -> None:
+def test_oracle_refuses_a_dataset_that_is_not_its_own(raw: Path, tmp_path: Path) -> None:
     other = synthetic.generate(
         tmp_path / "RAW",
         users=USERS,

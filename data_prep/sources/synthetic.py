@@ -95,22 +95,16 @@ def generate(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
-        world_seed, length_seed, title_seed, viewer_seed = np.random.SeedSequence(
-            seed
-        ).spawn(4)
+        world_seed, length_seed, title_seed, viewer_seed = np.random.SeedSequence(seed).spawn(4)
         length = _lengths(np.random.default_rng(length_seed), users, titles, events)
         training_end = _training_end(np.random.default_rng(length_seed), length)
         rng = np.random.default_rng(world_seed)
         world = draw_world(rng, titles, REGIONS[:regions], tuple(plans), training_end)
         title_ids = _ids("t", titles)
-        _write_titles(
-            work, world, title_ids, np.random.default_rng(title_seed), posters, seed
-        )
+        _write_titles(work, world, title_ids, np.random.default_rng(title_seed), posters, seed)
         _write_rights(work, world, title_ids)
         _write_viewers(work, world, title_ids, length, viewer_seed)
-        (work / "dataset.yaml").write_text(
-            yaml.safe_dump(_dataset(posters), sort_keys=False)
-        )
+        (work / "dataset.yaml").write_text(yaml.safe_dump(_dataset(posters), sort_keys=False))
         shutil.rmtree(out, ignore_errors=True)
         work.rename(out)
     finally:
@@ -118,16 +112,16 @@ def generate(
     return out / "dataset.yaml"
 
 
-def _check(
-    users: int, titles: int, events: int, regions: int, plans: tuple[str, ...]
-) -> None:
+def _check(users: int, titles: int, events: int, regions: int, plans: tuple[str, ...]) -> None:
     problem = None
     if users < 1 or events < users:
         problem = f"{events} events for {users} users; give at least one event a user"
     elif titles < 2 * N_THEMES:
         problem = f"{titles} titles; give at least {2 * N_THEMES}, two for each of the {N_THEMES} themes"
     elif events / users > _cap(titles) / 2:
-        problem = f"{events / users:.0f} events a user over {titles} titles, none watched twice; give more titles or users"
+        problem = (
+            f"{events / users:.0f} events a user over {titles} titles, none watched twice; give more titles or users"
+        )
     elif not 1 <= regions <= len(REGIONS) or not plans:
         problem = f"{regions} regions and {len(plans)} plans; give 1 to {len(REGIONS)} regions and at least one plan"
     if problem:
@@ -138,14 +132,10 @@ def _cap(titles: int) -> int:
     return min(titles // 4, MAX_EVENTS)
 
 
-def _lengths(
-    rng: np.random.Generator, users: int, titles: int, events: int
-) -> np.ndarray:
+def _lengths(rng: np.random.Generator, users: int, titles: int, events: int) -> np.ndarray:
     """int [users]: how many events each viewer has; long-tailed, at least 1, `events` in all but for the cap."""
     activity = rng.gamma(2.5, 1.0, users)
-    return np.minimum(
-        1 + rng.multinomial(events - users, activity / activity.sum()), _cap(titles)
-    )
+    return np.minimum(1 + rng.multinomial(events - users, activity / activity.sum()), _cap(titles))
 
 
 def _training_end(rng: np.random.Generator, length: np.ndarray) -> int:
@@ -157,9 +147,7 @@ def _training_end(rng: np.random.Generator, length: np.ndarray) -> int:
 
 
 def _ids(letter: str, count: int) -> np.ndarray:
-    return np.char.add(
-        letter, np.char.zfill(np.arange(count).astype(str), len(str(count - 1)))
-    )
+    return np.char.add(letter, np.char.zfill(np.arange(count).astype(str), len(str(count - 1))))
 
 
 def _dataset(posters: bool) -> dict:
@@ -218,8 +206,7 @@ def _write_titles(
     catalogue = world.catalogue
     people = np.array(people_names(int(catalogue.actors.max()) + 1))
     studios = [
-        f"{name.split()[-1]} Studios {number}"
-        for number, name in enumerate(people[: catalogue.studio.max() + 1])
+        f"{name.split()[-1]} Studios {number}" for number, name in enumerate(people[: catalogue.studio.max() + 1])
     ]
     countries = [COUNTRIES[index] for index in catalogue.country]
     genre = THEME_GENRE[catalogue.theme]
@@ -231,13 +218,9 @@ def _write_titles(
             "text": descriptions(catalogue.theme, catalogue.tone, countries, rng),
             "kind": [THEMES[theme].kind for theme in catalogue.theme],
             "genres": [
-                [GENRES[a]] + ([GENRES[b]] if b not in (-1, a) else [])
-                for a, b in zip(genre, second, strict=True)
+                [GENRES[a]] + ([GENRES[b]] if b not in (-1, a) else []) for a, b in zip(genre, second, strict=True)
             ],
-            "actors": [
-                sorted({str(people[person]) for person in row if person >= 0})
-                for row in catalogue.actors
-            ],
+            "actors": [sorted({str(people[person]) for person in row if person >= 0}) for row in catalogue.actors],
             "studios": [[studios[index]] for index in catalogue.studio],
             "countries": [[country] for country in countries],
             "launch_date": _dates(catalogue.launch).dt.date,
@@ -246,15 +229,8 @@ def _write_titles(
     if posters:
         names = [f"{title}.jpg" for title in title_ids]
         frame["poster"] = [f"posters/{name}" for name in names]
-        theme_in_genre = np.array(
-            [
-                [t.genre for t in THEMES[:i]].count(theme.genre)
-                for i, theme in enumerate(THEMES)
-            ]
-        )
-        draw_posters(
-            work / "posters", names, genre, theme_in_genre[catalogue.theme], seed
-        )
+        theme_in_genre = np.array([[t.genre for t in THEMES[:i]].count(theme.genre) for i, theme in enumerate(THEMES)])
+        draw_posters(work / "posters", names, genre, theme_in_genre[catalogue.theme], seed)
     frame.to_parquet(work / "titles.parquet", index=False)
 
 
@@ -263,12 +239,8 @@ def _write_rights(work: Path, world: World, title_ids: np.ndarray) -> None:
     catalogue = world.catalogue
     every = catalogue.licensed.all(2)
     title, region = np.nonzero(every)
-    some_title, some_region, some_plan = np.nonzero(
-        catalogue.licensed & ~every[:, :, None]
-    )
-    plan = np.concatenate(
-        [np.full(len(title), None), np.array(world.plans, dtype=object)[some_plan]]
-    )
+    some_title, some_region, some_plan = np.nonzero(catalogue.licensed & ~every[:, :, None])
+    plan = np.concatenate([np.full(len(title), None), np.array(world.plans, dtype=object)[some_plan]])
     title, region = (
         np.concatenate([title, some_title]),
         np.concatenate([region, some_region]),
@@ -322,9 +294,7 @@ def _write_viewers(
                 behaviour,
                 back,
             )
-            writer = writer or pq.ParquetWriter(
-                work / "events.parquet", table.schema, compression="zstd"
-            )
+            writer = writer or pq.ParquetWriter(work / "events.parquet", table.schema, compression="zstd")
             writer.write_table(table)
             kept["interest_theme"].append(viewers.theme[back])
             kept["interest_weight"].append(viewers.weight[back])
@@ -336,9 +306,7 @@ def _write_viewers(
             writer.close()
     truth = {name: np.concatenate(parts) for name, parts in kept.items()}
     age_band = np.array(AGE_BANDS)[truth.pop("age")]
-    pd.DataFrame({"user_id": user_ids, "age_band": age_band}).to_parquet(
-        work / "users.parquet", index=False
-    )
+    pd.DataFrame({"user_id": user_ids, "age_band": age_band}).to_parquet(work / "users.parquet", index=False)
     _write_truth(work, world, user_ids, title_ids, truth)
 
 
@@ -362,9 +330,7 @@ def _event_table(
     runtime = running_seconds(world.catalogue.theme)[title]
 
     def coded(index: np.ndarray, values: object) -> pa.DictionaryArray:
-        return pa.DictionaryArray.from_arrays(
-            pa.array(index.astype(np.int32)), pa.array(list(values))
-        )
+        return pa.DictionaryArray.from_arrays(pa.array(index.astype(np.int32)), pa.array(list(values)))
 
     return pa.table(
         {

@@ -15,9 +15,7 @@ WIDTH, HEIGHT = 96, 128
 _CHUNK = 2000  # posters per task of the process pool
 
 
-def draw_posters(
-    folder: Path, names: list[str], genre: np.ndarray, theme: np.ndarray, seed: int
-) -> None:
+def draw_posters(folder: Path, names: list[str], genre: np.ndarray, theme: np.ndarray, seed: int) -> None:
     """Draw one JPEG (96 x 128 pixels) a title into `folder`, over all cores when there are many.
 
     Args:
@@ -33,9 +31,7 @@ def draw_posters(
     if len(chunks) == 1:
         _draw_chunk(*arguments[0])
         return
-    with ProcessPoolExecutor(
-        os.cpu_count(), multiprocessing.get_context("spawn")
-    ) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         for task in [pool.submit(_draw_chunk, *argument) for argument in arguments]:
             task.result()
 
@@ -50,9 +46,7 @@ def _draw_chunk(
 ) -> None:
     for row, name in enumerate(names):
         rng = np.random.default_rng((seed, first + row))
-        draw_poster(int(genre[row]), int(theme[row]), rng).save(
-            folder / name, quality=80
-        )
+        draw_poster(int(genre[row]), int(theme[row]), rng).save(folder / name, quality=80)
 
 
 def draw_poster(genre: int, theme: int, rng: np.random.Generator) -> Image.Image:
@@ -62,9 +56,7 @@ def draw_poster(genre: int, theme: int, rng: np.random.Generator) -> Image.Image
     ink = _colour((hue + 0.45) % 1.0, 0.75, 0.95 - 0.12 * theme)
     image = Image.new("RGB", (WIDTH, HEIGHT), ground)
     draw = ImageDraw.Draw(image)
-    _texture(
-        draw, theme, _colour(hue, 0.35, 0.60 + 0.12 * theme), int(rng.integers(0, 8))
-    )
+    _texture(draw, theme, _colour(hue, 0.35, 0.60 + 0.12 * theme), int(rng.integers(0, 8)))
     centre = (WIDTH / 2 + rng.normal(0, 5), HEIGHT * 0.45 + rng.normal(0, 6))
     _shape(draw, genre, centre, 26 + rng.normal(0, 3), ink)
     draw.rectangle(
@@ -79,9 +71,7 @@ def _colour(hue: float, saturation: float, value: float) -> tuple[int, int, int]
     return int(255 * red), int(255 * green), int(255 * blue)
 
 
-def _texture(
-    draw: ImageDraw.ImageDraw, theme: int, colour: tuple[int, int, int], shift: int
-) -> None:
+def _texture(draw: ImageDraw.ImageDraw, theme: int, colour: tuple[int, int, int], shift: int) -> None:
     if theme == 0:
         for y in range(shift, HEIGHT, 10):
             draw.line((0, y, WIDTH, y), fill=colour, width=3)
@@ -119,12 +109,7 @@ def _shape(
         draw.polygon(_corners(x, y, 10, [radius * 1.2, radius * 0.5]), **style)
 
 
-def _corners(
-    x: float, y: float, count: int, radii: list[float]
-) -> list[tuple[float, float]]:
+def _corners(x: float, y: float, count: int, radii: list[float]) -> list[tuple[float, float]]:
     angles = 2 * np.pi * np.arange(count) / count - np.pi / 2
     spread = np.resize(radii, count)
-    return [
-        (float(x + r * np.cos(a)), float(y + r * np.sin(a)))
-        for r, a in zip(spread, angles, strict=True)
-    ]
+    return [(float(x + r * np.cos(a)), float(y + r * np.sin(a))) for r, a in zip(spread, angles, strict=True)]

@@ -237,10 +237,7 @@ def _parse(vocabulary: dict[str, str]) -> tuple[Theme, ...]:
         lines = block.strip().splitlines()
         for first in range(0, len(lines), 4):
             kind, name = lines[first].split(" | ")
-            words = (
-                tuple(word.strip() for word in line.split(";"))
-                for line in lines[first + 1 : first + 4]
-            )
+            words = (tuple(word.strip() for word in line.split(";")) for line in lines[first + 1 : first + 4])
             themes.append(Theme(genre, kind, name, *words))
     return tuple(themes)
 
@@ -271,7 +268,9 @@ _PLACES = (
     "Avalon Bergen Cairo Dakar Eden Florence Galway Havana Istanbul Jaipur Kyoto Lisbon Malta Naples Oslo Porto Quito "
     "Riga Seville Tunis Utrecht Verona Windsor York Zanzibar"
 )
-_FIRST_NAMES = "Ada Bruno Carla Dmitri Elena Farid Greta Hugo Ines Jonas Kira Liam Mina Noel Olga Pablo Rosa Sven Tara Yuri"
+_FIRST_NAMES = (
+    "Ada Bruno Carla Dmitri Elena Farid Greta Hugo Ines Jonas Kira Liam Mina Noel Olga Pablo Rosa Sven Tara Yuri"
+)
 _LAST_NAMES = (
     "Almeida Brandt Castillo Dumont Eriksen Fontana Grigorev Hayashi Ivanova Jansen Kowalski Laurent Moreau Nakamura "
     "Okafor Petrov Quintana Rossi Silva Tanaka Ueda Vargas Weber Yilmaz Zhang"
@@ -280,15 +279,8 @@ _LAST_NAMES = (
 
 def people_names(count: int) -> list[str]:
     """`count` distinct names of actors or studios' founders."""
-    pairs = [
-        f"{first} {last}"
-        for last in _LAST_NAMES.split()
-        for first in _FIRST_NAMES.split()
-    ]
-    return [
-        pairs[i % len(pairs)] + ("" if i < len(pairs) else f" {i // len(pairs) + 1}")
-        for i in range(count)
-    ]
+    pairs = [f"{first} {last}" for last in _LAST_NAMES.split() for first in _FIRST_NAMES.split()]
+    return [pairs[i % len(pairs)] + ("" if i < len(pairs) else f" {i // len(pairs) + 1}") for i in range(count)]
 
 
 def title_names(theme_of_title: np.ndarray, rng: np.random.Generator) -> list[str]:
@@ -299,9 +291,7 @@ def title_names(theme_of_title: np.ndarray, rng: np.random.Generator) -> list[st
     places = rng.integers(len(all_places), size=len(theme_of_title))
     nouns = rng.integers(4, size=len(theme_of_title))
     names = []
-    for theme, adjective, place, noun in zip(
-        theme_of_title, adjectives, places, nouns, strict=True
-    ):
+    for theme, adjective, place, noun in zip(theme_of_title, adjectives, places, nouns, strict=True):
         short = f"The {all_adjectives[adjective]} {THEMES[theme].nouns[noun]}"
         long = f"{short} of {all_places[place]}"
         name, part = (short if short not in taken else long), 2
@@ -328,9 +318,7 @@ def descriptions(
     """
     words = rng.integers(1 << 30, size=(len(theme_of_title), 4))
     texts = []
-    for theme_index, tone, country, draw in zip(
-        theme_of_title, tone_of_title, countries, words, strict=True
-    ):
+    for theme_index, tone, country, draw in zip(theme_of_title, tone_of_title, countries, words, strict=True):
         theme = THEMES[theme_index]
         lead = theme.leads[draw[0] % len(theme.leads)]
         first, second = (
@@ -339,11 +327,7 @@ def descriptions(
         )
         story = first if first == second else f"{first} and {second}"
         received = TONES[tone][draw[3] % len(TONES[tone])]
-        form = {"series": "series", "movie": "film", "live": "live broadcast"}[
-            theme.kind
-        ]
+        form = {"series": "series", "movie": "film", "live": "live broadcast"}[theme.kind]
         told = f"{lead[0].upper()}{lead[1:]} must {story}."
-        texts.append(
-            f"{told} A {theme.genre} {form} from {country} about {theme.name}. {received}"
-        )
+        texts.append(f"{told} A {theme.genre} {form} from {country} about {theme.name}. {received}")
     return texts

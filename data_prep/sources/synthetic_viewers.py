@@ -52,23 +52,15 @@ class TitleSampler:
         start = np.searchsorted(theme[order], np.arange(N_THEMES + 1))
         table = world.title_probability.reshape(-1, len(theme))[:, order]
         total = np.cumsum(table, dtype=np.float64)
-        edges = np.concatenate([[0.0], total])[
-            np.arange(len(table))[:, None] * len(theme) + start
-        ]
+        edges = np.concatenate([[0.0], total])[np.arange(len(table))[:, None] * len(theme) + start]
         return cls(order, total, edges[:, :-1], np.diff(edges))
 
-    def draw(
-        self, rng: np.random.Generator, cell: np.ndarray, theme: np.ndarray
-    ) -> np.ndarray:
+    def draw(self, rng: np.random.Generator, cell: np.ndarray, theme: np.ndarray) -> np.ndarray:
         """int64 [n] titles; -1 where the theme has nothing playable in that cell (region, plan, week)."""
         low, mass = self.low[cell, theme], self.mass[cell, theme]
-        place = np.searchsorted(
-            self.total, low + mass * rng.random(len(cell)), side="right"
-        )
+        place = np.searchsorted(self.total, low + mass * rng.random(len(cell)), side="right")
         place = np.minimum(place, len(self.total) - 1) - cell * len(self.order)
-        return np.where(
-            mass > 0.5, self.order[np.clip(place, 0, len(self.order) - 1)], -1
-        )
+        return np.where(mass > 0.5, self.order[np.clip(place, 0, len(self.order) - 1)], -1)
 
 
 @dataclass(frozen=True)
@@ -97,13 +89,9 @@ def draw_viewers(rng: np.random.Generator, world: World, length: np.ndarray) -> 
     taste = world.age_taste[age] + rng.gumbel(size=(n, N_THEMES))
     theme = np.empty((n, sum(SLOTS)), dtype=np.int8)
     first = 0
-    for kind, slots in enumerate(
-        SLOTS
-    ):  # Gumbel top-k: distinct themes, drawn by taste
-        themes = np.flatnonzero(THEME_KIND == kind)
-        theme[:, first : first + slots] = themes[
-            np.argsort(-taste[:, themes], axis=1)[:, :slots]
-        ]
+    for kind, slots in enumerate(SLOTS):  # Gumbel top-k: distinct themes, drawn by taste
+        themes = np.flatnonzero(kind == THEME_KIND)
+        theme[:, first : first + slots] = themes[np.argsort(-taste[:, themes], axis=1)[:, :slots]]
         first += slots
     weight = rng.gamma(2.0, 1.0, theme.shape) + 0.1
     weight[:, 1:] *= rng.random((n, theme.shape[1] - 1)) < 0.75
@@ -129,16 +117,12 @@ def event_seconds(rng: np.random.Generator, length: np.ndarray) -> np.ndarray:
     """int32 [n, max(length)], strictly ascending within a row: uniform over the viewer's time as a subscriber."""
     n, width = len(length), int(length.max(initial=0))
     joined = np.where(rng.random(n) < 0.6, 0.0, rng.uniform(0, 0.85, n))
-    left = np.where(
-        rng.random(n) < 0.8, 1.0, joined + (1 - joined) * rng.uniform(0.1, 1, n)
-    )
+    left = np.where(rng.random(n) < 0.8, 1.0, joined + (1 - joined) * rng.uniform(0.1, 1, n))
     moment = joined[:, None] + rng.random((n, width)) * (left - joined)[:, None]
     moment[np.arange(width) >= length[:, None]] = np.inf
     moment.sort(axis=1)
     room = SPAN - width - 1  # the added place keeps times of a row distinct
-    return np.where(np.isinf(moment), 0, moment * room).astype(np.int32) + np.arange(
-        width, dtype=np.int32
-    )
+    return np.where(np.isinf(moment), 0, moment * room).astype(np.int32) + np.arange(width, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -157,9 +141,7 @@ class Behaviour:
     kept: np.ndarray
 
 
-def watch(
-    rng: np.random.Generator, world: World, sampler: TitleSampler, viewers: Viewers
-) -> Behaviour:
+def watch(rng: np.random.Generator, world: World, sampler: TitleSampler, viewers: Viewers) -> Behaviour:
     """Let the viewers watch. The loop is over places in the histories; viewers come longest history first."""
     if (np.diff(viewers.length) > 0).any():
         raise ValueError("viewers must be sorted by descending length")
@@ -171,19 +153,13 @@ def watch(
     appeal = np.full((n, width), -np.inf, dtype=np.float32)
     state = np.full(n, -1, dtype=np.int8)
     for step in range(width):
-        active = int(
-            np.searchsorted(-viewers.length, -step, side="left")
-        )  # length > step
+        active = int(np.searchsorted(-viewers.length, -step, side="left"))  # length > step
         previous[:active, step] = state[:active]
         where = (region[:active, step], plan[:active, step], week[:active, step])
         _watch_one(rng, world, sampler, viewers, where, title, appeal, state, step)
     usual = rng.random((n, width)) < 0.75
-    device = np.where(
-        usual, viewers.device[:, None], rng.integers(len(DEVICES), size=(n, width))
-    ).astype(np.int8)
-    return Behaviour(
-        title, region, plan, device, previous, _completion(rng, appeal), title >= 0
-    )
+    device = np.where(usual, viewers.device[:, None], rng.integers(len(DEVICES), size=(n, width))).astype(np.int8)
+    return Behaviour(title, region, plan, device, previous, _completion(rng, appeal), title >= 0)
 
 
 def _watch_one(
@@ -201,9 +177,7 @@ def _watch_one(
     region, plan, week = (part.astype(np.int64) for part in where)
     active = len(region)
     theme = viewers.theme[:active].astype(np.int64)
-    weight = viewers.weight[:active] * np.exp(
-        world.theme_appeal[region[:, None], plan[:, None], week[:, None], theme]
-    )
+    weight = viewers.weight[:active] * np.exp(world.theme_appeal[region[:, None], plan[:, None], week[:, None], theme])
     cumulative = np.cumsum(weight, axis=1, dtype=np.float64)
     cell = (region * len(world.plans) + plan) * WEEKS + week
     noise_total, spill_total = (
@@ -227,9 +201,7 @@ def _watch_one(
         chosen, picked = rows[good], drawn[good]
         title[chosen, step] = picked
         state[chosen] = np.where(accident[good], state[chosen], slot[good])
-        share = world.title_probability[
-            region[chosen], plan[chosen], week[chosen], picked
-        ]
+        share = world.title_probability[region[chosen], plan[chosen], week[chosen], picked]
         liking = 0.6 * np.log(5 * weight[chosen, slot[good]] + 0.05) + 0.5 * np.log(
             share * len(sampler.order) / N_THEMES
         )
@@ -241,15 +213,11 @@ def _region(rng: np.random.Generator, viewers: Viewers, regions: int) -> np.ndar
     """int8 [n, L]: home, but for journeys (about one event in five) that last some events."""
     n, width = viewers.seconds.shape
     region = np.empty((n, width), dtype=np.int8)
-    away = np.zeros(
-        n, dtype=np.int64
-    )  # distance from home, modulo the number of regions
+    away = np.zeros(n, dtype=np.int64)  # distance from home, modulo the number of regions
     for step in range(width):
         u = rng.random((2, n))
         abroad = 1 + (u[1] * max(regions - 1, 1)).astype(np.int64)
-        away = np.where(
-            away > 0, np.where(u[0] < 0.3, 0, away), np.where(u[0] < 0.08, abroad, 0)
-        )
+        away = np.where(away > 0, np.where(u[0] < 0.3, 0, away), np.where(u[0] < 0.08, abroad, 0))
         region[:, step] = (viewers.home + away) % regions
     return region
 
@@ -262,13 +230,9 @@ def _plan(viewers: Viewers) -> np.ndarray:
 def _completion(rng: np.random.Generator, appeal: np.ndarray) -> np.ndarray:
     """float32 [n, L] in (0, 1): rises with the title's appeal to the viewer; accidental clicks stop early."""
     noise = rng.standard_normal(appeal.shape, dtype=np.float32)
-    liked = 1 / (
-        1 + np.exp(-(1.1 + 0.6 * np.where(np.isinf(appeal), 0, appeal) + 0.5 * noise))
-    )
+    liked = 1 / (1 + np.exp(-(1.1 + 0.6 * np.where(np.isinf(appeal), 0, appeal) + 0.5 * noise)))
     accident = 0.06 * np.exp(0.6 * noise)
-    return np.clip(np.where(np.isinf(appeal), accident, liked), 0.005, 1.0).astype(
-        np.float32
-    )
+    return np.clip(np.where(np.isinf(appeal), accident, liked), 0.005, 1.0).astype(np.float32)
 
 
 def running_seconds(theme: np.ndarray) -> np.ndarray:

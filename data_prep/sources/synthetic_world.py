@@ -74,9 +74,7 @@ class Catalogue:
     regional: np.ndarray
 
 
-def draw_catalogue(
-    rng: np.random.Generator, titles: int, regions: int, plans: int, training_end: int
-) -> Catalogue:
+def draw_catalogue(rng: np.random.Generator, titles: int, regions: int, plans: int, training_end: int) -> Catalogue:
     """Draw the titles; `training_end` is the first week that lies wholly behind the training period."""
     theme = rng.permutation(np.arange(titles) % N_THEMES)
     tone = rng.integers(len(TONES), size=titles)
@@ -86,15 +84,8 @@ def draw_catalogue(
     actors = _cast(rng, theme, n_actors=max(96, titles // 6))
 
     star = rng.normal(0, 0.7, actors.max() + 1)
-    cast_quality = np.where(actors >= 0, star[actors], 0).sum(1) / np.sqrt(
-        (actors >= 0).sum(1)
-    )
-    quality = (
-        cast_quality
-        + rng.normal(0, 0.4, studios)[studio]
-        + 0.7 * (tone - 1)
-        + rng.normal(0, 0.25, titles)
-    )
+    cast_quality = np.where(actors >= 0, star[actors], 0).sum(1) / np.sqrt((actors >= 0).sum(1))
+    quality = cast_quality + rng.normal(0, 0.4, studios)[studio] + 0.7 * (tone - 1) + rng.normal(0, 0.25, titles)
 
     country_appeal = rng.normal(0, 0.7, (len(COUNTRIES), regions))
     country_appeal[np.arange(regions), np.arange(regions)] += 2.0
@@ -108,9 +99,7 @@ def draw_catalogue(
         studio=studio,
         country=country,
         actors=actors,
-        second_genre=np.where(
-            rng.random(titles) < 0.25, rng.integers(len(GENRES), size=titles), -1
-        ),
+        second_genre=np.where(rng.random(titles) < 0.25, rng.integers(len(GENRES), size=titles), -1),
         launch=launch,
         leave=leave,
         licensed=_licences(rng, country, regions, plans),
@@ -123,17 +112,9 @@ def _cast(rng: np.random.Generator, theme: np.ndarray, n_actors: int) -> np.ndar
     """int [N, 4]: two to four distinct people, mostly of the title's genre (person a belongs to genre a mod 12)."""
     titles, genres = len(theme), len(GENRES)
     per_genre = n_actors // genres
-    pick = (
-        np.argsort(rng.random((titles, per_genre)), axis=1)[:, :4]
-        if per_genre < 64
-        else None
-    )
-    if (
-        pick is None
-    ):  # many people: four draws with an offset each are distinct and need no sort
-        pick = (
-            rng.integers(per_genre // 4, size=(titles, 4)) * 4 + np.arange(4)
-        ) % per_genre
+    pick = np.argsort(rng.random((titles, per_genre)), axis=1)[:, :4] if per_genre < 64 else None
+    if pick is None:  # many people: four draws with an offset each are distinct and need no sort
+        pick = (rng.integers(per_genre // 4, size=(titles, 4)) * 4 + np.arange(4)) % per_genre
     genre = np.where(
         rng.random((titles, 4)) < 0.8,
         THEME_GENRE[theme][:, None],
@@ -144,9 +125,7 @@ def _cast(rng: np.random.Generator, theme: np.ndarray, n_actors: int) -> np.ndar
     return actors
 
 
-def _windows(
-    rng: np.random.Generator, titles: int, training_end: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _windows(rng: np.random.Generator, titles: int, training_end: int) -> tuple[np.ndarray, np.ndarray]:
     """Launch weeks (negative = before the log begins) and leaving weeks (NEVER for most)."""
     kind = rng.random(titles)
     launch = -rng.integers(4, 500, size=titles)
@@ -155,20 +134,14 @@ def _windows(
     cold = kind < COLD_SHARE
     launch[cold] = rng.integers(training_end, WEEKS - 2, size=cold.sum())
     leaves = (rng.random(titles) < 0.12) & ~cold
-    leave = np.where(
-        leaves, np.maximum(launch, 0) + rng.integers(8, 40, size=titles), NEVER
-    )
+    leave = np.where(leaves, np.maximum(launch, 0) + rng.integers(8, 40, size=titles), NEVER)
     return launch, leave
 
 
-def _licences(
-    rng: np.random.Generator, country: np.ndarray, regions: int, plans: int
-) -> np.ndarray:
+def _licences(rng: np.random.Generator, country: np.ndarray, regions: int, plans: int) -> np.ndarray:
     """bool [N, R, P]: sold in most regions, always at home; the first plan has the smallest catalogue."""
     titles = len(country)
-    regional = (rng.random((titles, regions)) < 0.8) | (
-        country[:, None] == np.arange(regions)
-    )
+    regional = (rng.random((titles, regions)) < 0.8) | (country[:, None] == np.arange(regions))
     regional[~regional.any(1), 0] = True
     share = np.linspace(0.7, 0.95, plans)
     plan = rng.random((titles, plans)) < share
@@ -218,8 +191,7 @@ def draw_world(
         theme_appeal=_theme_appeal(rng, len(regions), len(plans)),
         spill=OWN_THEME * np.eye(N_THEMES) + (1 - OWN_THEME) * _siblings(),
         noise_theme=theme_share / theme_share.sum(),
-        age_taste=(rng.normal(0, 0.8, (len(AGE_BANDS), len(GENRES))))[:, THEME_GENRE]
-        + np.log(theme_share),
+        age_taste=(rng.normal(0, 0.8, (len(AGE_BANDS), len(GENRES))))[:, THEME_GENRE] + np.log(theme_share),
     )
 
 
@@ -234,12 +206,7 @@ def _theme_appeal(rng: np.random.Generator, regions: int, plans: int) -> np.ndar
     region = rng.normal(0, 1.0, (regions, len(GENRES)))[:, THEME_GENRE]
     plan = rng.normal(0, 0.8, (plans, len(KINDS)))[:, THEME_KIND]
     phase = rng.random(len(GENRES))
-    season = (
-        0.3
-        * np.sin(2 * np.pi * (np.arange(WEEKS)[:, None] / WEEKS + phase))[
-            :, THEME_GENRE
-        ]
-    )
+    season = 0.3 * np.sin(2 * np.pi * (np.arange(WEEKS)[:, None] / WEEKS + phase))[:, THEME_GENRE]
     return (region[:, None, None] + plan[None, :, None] + season).astype(np.float32)
 
 
@@ -250,23 +217,15 @@ def _title_probability(rng: np.random.Generator, catalogue: Catalogue) -> np.nda
     period, phase = rng.uniform(16, 52, titles), rng.random(titles)
     drift = 0.25 * np.sin(2 * np.pi * (week / period + phase))
     novelty = 0.25 * np.exp(-np.maximum(week - catalogue.launch, 0) / 5.0)
-    base = np.exp(np.clip(catalogue.quality + novelty + drift, -8, 8)).astype(
-        np.float32
-    )
+    base = np.exp(np.clip(catalogue.quality + novelty + drift, -8, 8)).astype(np.float32)
     base *= (week >= catalogue.launch) & (week < catalogue.leave)
     order = np.argsort(catalogue.theme, kind="stable")
     theme_start = np.searchsorted(catalogue.theme[order], np.arange(N_THEMES))
     table = np.empty((regions, plans, WEEKS, titles), dtype=np.float32)
     for region in range(regions):
-        weight = base * np.exp(np.clip(catalogue.regional[:, region], -8, 8)).astype(
-            np.float32
-        )
+        weight = base * np.exp(np.clip(catalogue.regional[:, region], -8, 8)).astype(np.float32)
         for plan in range(plans):
             allowed = weight * catalogue.licensed[:, region, plan]
-            total = np.add.reduceat(allowed[:, order], theme_start, axis=1)[
-                :, catalogue.theme
-            ]
-            table[region, plan] = np.divide(
-                allowed, total, out=np.zeros_like(allowed), where=total > 0
-            )
+            total = np.add.reduceat(allowed[:, order], theme_start, axis=1)[:, catalogue.theme]
+            table[region, plan] = np.divide(allowed, total, out=np.zeros_like(allowed), where=total > 0)
     return table
