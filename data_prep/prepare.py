@@ -1,4 +1,4 @@
-"""Raw tables -> prepared dataset: validate, index, sort into sequences, split, learn from the training period, write."""
+"""Raw tables -> prepared dataset: validate, sort into sequences, split, learn from the training period, write."""
 
 from __future__ import annotations
 
@@ -58,7 +58,6 @@ def _index_categorical(
         codes = sequences.array(f"{prefix}_{name}")
         values = sequences.values[f"{prefix}_{name}"]
         vocabulary, codes[:] = keep_trained(name, values, codes, trained)
-        codes.flush()
         late = len(values) - len(vocabulary.values)
         if late:
             sequences.notes.append(f"{late:,} values of {name} have no training event and count as unknown.")
@@ -92,8 +91,8 @@ def _count_titles(titles: pd.DataFrame, sequences: Sequences, trained: np.ndarra
         if early.any():
             example = titles["title_id"].iloc[events[int(np.argmax(early))]]
             notes.append(
-                f"{int(early.sum()):,} events of {len(np.unique(events[early])):,} titles lie before the title's release "
-                f"(for example title {example}); check `released`."
+                f"{int(early.sum()):,} events of {len(np.unique(events[early])):,} titles lie before the title's "
+                f"release (for example title {example}); check `released`."
             )
     return notes
 

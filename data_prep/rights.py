@@ -22,12 +22,11 @@ def _read(table: RawTable, spec: RightsSpec) -> pd.DataFrame:
     columns = [f"{table.identifier(spec.title)} AS title_id"]
     for name, column in spec.scenario_columns.items():
         columns.append(f"nullif({table.text(column)}, '*') AS {quote('scenario_' + name)}")
-    for name, column, bound in (("start", spec.start, ALWAYS), ("end", spec.end, -ALWAYS)):
-        given = f"floor({table.moment(column)})::BIGINT" if column is not None else "NULL"
+    for name, moment, bound in (("start", spec.start, ALWAYS), ("end", spec.end, -ALWAYS)):
+        given = f"floor({table.moment(moment)})::BIGINT" if moment is not None else "NULL"
         columns.append(f"coalesce({given}, {bound}) AS {quote(name)}")
-    return table.connection.sql(
-        f"SELECT t.code, r.* FROM (SELECT {', '.join(columns)} FROM {table.scan}) r LEFT JOIN title_index t USING (title_id)"
-    ).df()
+    rows = f"SELECT {', '.join(columns)} FROM {table.scan}"
+    return table.connection.sql(f"SELECT t.code, r.* FROM ({rows}) r LEFT JOIN title_index t USING (title_id)").df()
 
 
 def scenarios_of(spec: RightsSpec, vocabularies: dict[str, Vocabulary]) -> tuple[str, ...]:
@@ -59,14 +58,14 @@ def map_rights(
     backwards = raw["end"] <= raw["start"]
     if backwards.any():
         raise DataError(
-            f"{table.path}, columns {spec.start!r} and {spec.end!r}: {int(backwards.sum()):,} of {len(raw):,} rows end before "
-            f"they start, for example title {raw.loc[backwards, 'title_id'].iloc[0]}. Swap or correct them."
+            f"{table.path}, columns {spec.start!r} and {spec.end!r}: {int(backwards.sum()):,} of {len(raw):,} rows "
+            f"end before they start, for example title {raw.loc[backwards, 'title_id'].iloc[0]}. Swap or correct them."
         )
     unknown = raw["code"].isna()
     if unknown.all():
         raise DataError(
-            f"{table.path}, column {spec.title!r}: none of its {len(raw):,} rows names a title of the titles table (for "
-            f"example {raw['title_id'].iloc[0]}). Check that the column holds the same ids."
+            f"{table.path}, column {spec.title!r}: none of its {len(raw):,} rows names a title of the titles table "
+            f"(for example {raw['title_id'].iloc[0]}). Check that the column holds the same ids."
         )
     if unknown.any():
         notes.append(f"{int(unknown.sum()):,} rights rows of titles outside the catalogue were left out.")
@@ -77,9 +76,9 @@ def map_rights(
         strange = values.notna() & ~values.isin(seen[name])
         if strange.any():
             raise DataError(
-                f"{table.path}, column {column!r}: {int(strange.sum()):,} of {len(raw):,} rows have a {name} that no event "
-                f"has, for example {values[strange].iloc[0]!r} (events have: {', '.join(seen[name][:20])}). Correct the "
-                'spelling, use "*" or an empty cell for any, or remove these rows.'
+                f"{table.path}, column {column!r}: {int(strange.sum()):,} of {len(raw):,} rows have a {name} that no "
+                f"event has, for example {values[strange].iloc[0]!r} (events have: {', '.join(seen[name][:20])}). "
+                'Correct the spelling, use "*" or an empty cell for any, or remove these rows.'
             )
         codes = {value: code for code, value in enumerate(vocabularies[name].values, start=1)}
         late = (values.notna() & ~values.isin(list(codes))).to_numpy()

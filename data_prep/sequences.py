@@ -99,9 +99,9 @@ def refuse_unknown_titles(events: RawTable, titles: RawTable, spec: DatasetSpec)
     ).fetchall()[0]
     if count:
         raise DataError(
-            f"{events.path}, column {spec.events.title!r}: {count:,} of {total:,} rows are events of {unknown:,} titles that "
-            f"{titles.path} (column {spec.titles.id!r}) does not list, for example {example}. Add these titles to the "
-            "titles table, or remove their events."
+            f"{events.path}, column {spec.events.title!r}: {count:,} of {total:,} rows are events of {unknown:,} "
+            f"titles that {titles.path} (column {spec.titles.id!r}) does not list, for example {example}. Add these "
+            "titles to the titles table, or remove their events."
         )
 
 
@@ -116,9 +116,9 @@ def settle_duplicates(events: RawTable, spec: DatasetSpec) -> list[str]:
         return []
     if spec.events.duplicates == "error":
         raise DataError(
-            f"{events.path}, columns {spec.events.user!r}, {spec.events.title!r}, {spec.events.timestamp!r}: {extra:,} rows "
-            f"repeat another row's user, title and timestamp, for example {example}. Remove them, or set "
-            "`duplicates: drop` under events in dataset.yaml to keep the first row of each."
+            f"{events.path}, columns {spec.events.user!r}, {spec.events.title!r}, {spec.events.timestamp!r}: "
+            f"{extra:,} rows repeat another row's user, title and timestamp, for example {example}. Remove them, or "
+            "set `duplicates: drop` under events in dataset.yaml to keep the first row of each."
         )
     events.connection.execute(
         "DELETE FROM staged WHERE rowid IN (SELECT s.rowid FROM staged s SEMI JOIN "
@@ -145,7 +145,8 @@ def sort_events(connection: duckdb.DuckDBPyConnection, spec: DatasetSpec, folder
     user_ids, offsets, notes = index_users(connection, min_events)
     n_events = int(offsets[-1])
     sequences = Sequences(folder, user_ids, offsets, n_events, notes=notes)
-    picked = {"title": ("t.code", np.int32), "timestamp": ("s.moment", np.int64)}
+    picked: dict[str, tuple[str, type[np.generic]]] = {}
+    picked |= {"title": ("t.code", np.int32), "timestamp": ("s.moment", np.int64)}
     for kind in spec.events.intensity:
         picked[f"intensity_{kind}"] = (f"s.{quote('intensity_' + kind)}", np.float32)
     joins = "JOIN user_index u USING (user_id) JOIN title_index t USING (title_id)"

@@ -38,10 +38,10 @@ class EventsSpec(_Section):
     title: str
     timestamp: str = Field(description="Seconds, milliseconds, or a date and time (UTC where no zone is given).")
     intensity: dict[str, str] = Field(default_factory=dict, description="Kind -> column, e.g. seconds: watch_s.")
-    scenario: tuple[str, ...] = Field((), description="Columns of events, or else of users, e.g. region and plan.")
-    context: tuple[str, ...] = Field((), description="Columns of events that describe the request, e.g. device.")
+    scenario: tuple[str, ...] = Field(default=(), description="Columns of events, or else of users, e.g. region, plan.")
+    context: tuple[str, ...] = Field(default=(), description="Columns of events about the request, e.g. device.")
     duplicates: Literal["error", "drop"] = Field(
-        "error", description="Rows with the same user, title and timestamp: refuse them, or keep the first of each."
+        default="error", description="Rows with the same user, title and timestamp: refuse, or keep the first."
     )
 
 
@@ -58,12 +58,12 @@ class TitlesSpec(_Section):
 
     path: Path
     id: str
-    title: str | None = Field(None, description="Display name; the id where not given.")
+    title: str | None = Field(default=None, description="Display name; the id where not given.")
     description: str | None = None
-    category: str | None = Field(None, description="Coarse behaviour category, e.g. series, movie, live.")
-    metadata: tuple[str, ...] = Field((), description='List columns, or strings separated by "|" or ",".')
-    artwork: str | None = Field(None, description="Path of the poster.")
-    released: str | None = Field(None, description="Date or timestamp of the launch on the service.")
+    category: str | None = Field(default=None, description="Coarse behaviour category, e.g. series, movie, live.")
+    metadata: tuple[str, ...] = Field(default=(), description='List columns, or strings separated by "|" or ",".')
+    artwork: str | None = Field(default=None, description="Path of the poster.")
+    released: str | None = Field(default=None, description="Date or timestamp of the launch on the service.")
 
 
 class RightsSpec(_Section):
@@ -90,10 +90,10 @@ class DatasetSpec(_Section):
     users: UsersSpec | None = None
     rights: RightsSpec | None = None
     name: str = "dataset"
-    truth: Path | None = Field(None, description="Written by the synthetic world: copied to DATA/truth.npz.")
+    truth: Path | None = Field(default=None, description="Written by the synthetic world: copied to DATA/truth.npz.")
     source: str = "tables"
-    notes: tuple[str, ...] = Field((), description="Decisions of the source, copied to the manifest.")
-    folder: Path = Field(Path("."), description="What relative paths are relative to: dataset.yaml's folder.")
+    notes: tuple[str, ...] = Field(default=(), description="Decisions of the source, copied to the manifest.")
+    folder: Path = Field(default=Path("."), description="What relative paths are relative to: dataset.yaml's folder.")
 
     @model_validator(mode="after")
     def _names_can_be_columns(self) -> DatasetSpec:
@@ -139,7 +139,12 @@ def _problem(error: dict[str, Any]) -> str:
     place = ".".join(str(part) for part in error["loc"]) or "the file"
     if error["type"] == "extra_forbidden":
         section = error["loc"][0] if len(error["loc"]) > 1 else None
-        sections = {"events": EventsSpec, "users": UsersSpec, "titles": TitlesSpec, "rights": RightsSpec}
+        sections: dict[str, type[_Section]] = {
+            "events": EventsSpec,
+            "users": UsersSpec,
+            "titles": TitlesSpec,
+            "rights": RightsSpec,
+        }
         known = list(sections.get(str(section), DatasetSpec).model_fields)
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         return f"unknown key {place}" + (f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(known)})")

@@ -47,7 +47,8 @@ def split_events(
         return split, Split(kind=kind)
     if not (0 < valid_fraction < 1 and 0 < test_fraction < 1 and valid_fraction + test_fraction < 1):
         raise DataError(
-            f"time split: valid_fraction {valid_fraction} and test_fraction {test_fraction} must be above 0 and sum below 1."
+            f"time split: valid_fraction {valid_fraction} and test_fraction {test_fraction} must be above 0 and sum "
+            "below 1."
         )
     first_valid = min(round(n_events * (1 - valid_fraction - test_fraction)), n_events - 1)
     first_test = min(round(n_events * (1 - test_fraction)), n_events - 1)
@@ -59,9 +60,9 @@ def split_events(
     if (counts == 0).any():
         empty = ", ".join(name for name, value in SPLIT_NAMES.items() if counts[value] == 0)
         raise DataError(
-            f"time split: of {n_events:,} events, between timestamps {timestamps.min()} and {timestamps.max()}, none falls "
-            f"into {empty} (too few events, or too many at the same second). Give more events, other fractions, or use "
-            "the leave-last-out split."
+            f"time split: of {n_events:,} events, between timestamps {timestamps.min()} and {timestamps.max()}, none "
+            f"falls into {empty} (too few events, or too many at the same second). Give more events, other fractions, or "
+            "use the leave-last-out split."
         )
     return split, Split(kind="time", valid_start=valid_start, test_start=test_start)
 

@@ -48,8 +48,8 @@ def refuse_foreign_folder(out: Path) -> None:
     """Raises DataError where `out` exists and is something else than a prepared dataset: it would be replaced."""
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file()):
         raise DataError(
-            f"{out} exists and is not a prepared dataset (it has no {MANIFEST}), so it is not overwritten. Choose another "
-            "folder for --out, or remove it."
+            f"{out} exists and is not a prepared dataset (it has no {MANIFEST}), so it is not overwritten. Choose "
+            "another folder for --out, or remove it."
         )
 
 

@@ -49,7 +49,8 @@ def ml_latest(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "ratings.csv").write_text("userId,movieId,rating,timestamp\n1,1,4.5,10\n1,2,0.5,20\n1,3,3.0,30\n")
     (folder / "movies.csv").write_text(
-        'movieId,title,genres\n1,"American President, The (1995)",Comedy|Drama\n2,X (2001),(no genres listed)\n3,Y,War\n'
+        'movieId,title,genres\n1,"American President, The (1995)",Comedy|Drama\n2,X (2001),(no genres listed)\n'
+        "3,Y,War\n"
     )
     return folder
 

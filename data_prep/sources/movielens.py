@@ -141,7 +141,8 @@ def _write_events(path: Path, out: Path) -> None:
     """Ratings in the file's order -> user_id, title_id, rating, timestamp."""
     columns = "{'user_id': 'BIGINT', 'title_id': 'BIGINT', 'rating': 'FLOAT', 'ts': 'BIGINT'}"
     delimiter, header = {"u.data": ("\t", False), "ratings.dat": ("::", False), "ratings.csv": (",", True)}[path.name]
-    reader = f"read_csv({literal(path)}, delim={literal(delimiter)}, header={header}, quote='', escape='', columns={columns})"
+    form = f"delim={literal(delimiter)}, header={header}, quote='', escape=''"
+    reader = f"read_csv({literal(path)}, {form}, columns={columns})"
     with disk_full_as_oserror(out.parent), duckdb.connect() as connection:
         try:
             connection.execute(f"COPY (SELECT * FROM {reader}) TO {literal(out)} (FORMAT parquet)")
