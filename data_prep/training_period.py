@@ -61,7 +61,7 @@ def split_events(
         empty = ", ".join(name for name, value in SPLIT_NAMES.items() if counts[value] == 0)
         raise DataError(
             f"time split: of {n_events:,} events, between timestamps {timestamps.min()} and {timestamps.max()}, none "
-            f"falls into {empty} (too few events, or too many at the same second). Give more events, other fractions, or "
+            f"falls into {empty} (too few events, or too many in one second). Give more events, other fractions, or "
             "use the leave-last-out split."
         )
     return split, Split(kind="time", valid_start=valid_start, test_start=test_start)
