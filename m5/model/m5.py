@@ -98,8 +98,10 @@ class M5(nn.Module):
         """Per branch and scenario dimension the experts [U, R, H] of the values that occur in the batch."""
         owned: dict[str, list[Tensor]] = {branch: [] for branch in self.towers}
         if self.experts is not None:
-            for key, rows in self.experts(batch.experts).items():
-                owned[key.split("_")[0]].append(rows.values().view(-1, *self.expert_shape))
+            rows = self.experts(batch.experts)
+            # The batch's order, which is group_PM's: a sharded collection answers in the order of its sharding plan.
+            for key in batch.experts.keys():
+                owned[key.split("_")[0]].append(rows[key].values().view(-1, *self.expert_shape))
         return owned
 
     def forward(self, batch: Batch) -> Scores:
