@@ -127,8 +127,6 @@ def _check(users: int, titles: int, events: int, regions: int, plans: tuple[str,
     if problem:
         raise DataError(f"the synthetic world cannot have {problem}.")
 
-        problem = f"{events / users:.0f} events a user over {titles} titles, none watched twice; give more titles"
-
 
 def _cap(titles: int) -> int:
     return min(titles // 4, MAX_EVENTS)
