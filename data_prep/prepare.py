@@ -251,7 +251,7 @@ def prepare_dataset(
         manifest = keep_content(out, folder, manifest.model_copy(update={"content_hash": content_hash(folder)}))
         manifest.write(folder)
         replace_folder(folder, out)
-    progress(f"{out}: {manifest.n_events:,} events, {manifest.n_users:,} users, {manifest.n_titles:,} titles")
+    progress(f"{manifest.name}: {manifest.n_events:,} events, {manifest.n_users:,} users, {manifest.n_titles:,} titles")
     return manifest
 
 
