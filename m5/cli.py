@@ -1,0 +1,277 @@
+"""The `m5` command. Exit codes: 0 done, 1 `doctor` found a problem, 2 the user's mistake (one paragraph), 130 Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+Command = Callable[[argparse.Namespace], int | None]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; see `m5 --help`."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    from m5.config import ConfigError
+    from m5.schema import DataError
+
+    try:
+        return options.command(options) or 0
+    except (DataError, ConfigError) as error:
+        return _refuse(str(error))
+    except FileNotFoundError as error:
+        return _refuse(f"{error.filename or error}: no such file or folder.")
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _refuse(
+                f"the disk is full ({error.filename or 'while writing'}). What was being written has not replaced "
+                "anything. Free some space and run the command again."
+            )
+        raise
+    except KeyboardInterrupt:
+        print("\nm5: interrupted", file=sys.stderr)
+        return 130
+
+
+def _refuse(message: str) -> int:
+    print(f"m5: {message}", file=sys.stderr)
+    return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="m5", description="Multi-modal, multi-interest, multi-scenario matching for streaming services."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_doctor(commands)
+    _add_synth(commands)
+    _add_prepare(commands)
+    _add_stages(commands)
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_recommend(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _command(commands, name: str, run: Command, help_text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help_text, description=help_text)
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_doctor(commands) -> None:
+    parser = _command(commands, "doctor", _doctor, "which versions are installed, whether they match, what to do")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _add_world_sizes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--users", type=int, default=5000)
+    parser.add_argument("--titles", type=int, default=1000)
+    parser.add_argument("--events", type=int, default=200_000)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_synth(commands) -> None:
+    parser = _command(commands, "synth", _synth, "write a synthetic streaming world as raw tables, with its truth")
+    _add_world_sizes(parser)
+    parser.add_argument("--no-posters", action="store_true", help="draw no artwork")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the raw tables")
+
+
+def _add_prepare(commands) -> None:
+    parser = commands.add_parser("prepare", help="raw tables to a prepared dataset: every stage, cached")
+    sources = parser.add_subparsers(title="sources", required=True, metavar="SOURCE")
+    tables = _command(sources, "tables", _prepare_tables, "a user's own Parquet or CSV tables, described by a YAML file")
+    tables.add_argument("path", type=Path, help="dataset.yaml")
+    movielens = _command(sources, "movielens", _prepare_movielens, "MovieLens: the official zip or its folder")
+    movielens.add_argument("path", type=Path, help="ml-100k, ml-1m, ml-latest, ml-20m or ml-25m, zip or folder")
+    movielens.add_argument("--titles", type=Path, help="Parquet with descriptions and metadata by movie id")
+    movielens.add_argument("--posters", type=Path, help="folder or tar of <movie id>.jpg")
+    globo = _command(sources, "globo", _prepare_globo, "the Globo.com click log")
+    globo.add_argument("path", type=Path, help="clicks.parquet")
+    for source in (tables, movielens, globo):
+        source.add_argument("--split", choices=["time", "leave-last-out"], default="time")
+        _add_encoder_options(source)
+        source.add_argument("--out", type=Path, required=True, help="folder of the prepared dataset")
+
+
+def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text", help="BERT-like model: hub name or local folder (default: the bundled MiniLM)")
+    parser.add_argument("--image", default="resnet50", help="timm model (default: resnet50)")
+    parser.add_argument("--image-weights", default="hub", help="hub, random or a file (default: hub)")
+
+
+def _add_stages(commands) -> None:
+    encode = _command(commands, "encode", _encode, "encode text and artwork of a prepared dataset again")
+    encode.add_argument("data", type=Path)
+    _add_encoder_options(encode)
+    graph = _command(commands, "graph", _graph, "build the metagraph and pre-train content embeddings again")
+    graph.add_argument("data", type=Path)
+
+
+def _add_train(commands) -> None:
+    parser = _command(commands, "train", _train, "train a model; also under torchrun, as `torchrun -m m5.train`")
+    parser.add_argument("--preset", default="default", help="name in m5/configs, or a YAML file")
+    parser.add_argument("--data", type=Path, required=True, help="prepared dataset")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. model.width=128")
+
+
+def _add_evaluate(commands) -> None:
+    parser = _command(commands, "evaluate", _evaluate, "test metrics, overall and per scenario, beside reference rows")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: RUN/evaluation.json")
+    parser.add_argument("--row", action="append", default=[], metavar="NAME=RUN", help="another run on the same data")
+    seen = parser.add_mutually_exclusive_group()
+    seen.add_argument("--keep-seen", action="store_true", help="titles that a viewer has watched stay candidates")
+    seen.add_argument("--filter-seen", action="store_true", help="they do not (default: as in training)")
+    parser.add_argument("--max-targets", type=int, help="evaluate a random part of the test targets")
+    parser.add_argument("--no-references", action="store_true", help="leave popularity, item-kNN and EASE out")
+
+
+def _add_recommend(commands) -> None:
+    parser = _command(commands, "recommend", _recommend, "what one viewer should see next")
+    parser.add_argument("run", type=Path)
+    viewer = parser.add_mutually_exclusive_group(required=True)
+    viewer.add_argument("--user", help="a user of the dataset")
+    viewer.add_argument("--history", help='titles or ids, oldest first: "title;title"')
+    parser.add_argument("--scenario", nargs="+", default=[], metavar="NAME=VALUE", help="e.g. region=US plan=ads")
+    parser.add_argument("-k", type=int, default=20, help="how many titles (default: 20)")
+    parser.add_argument("--keep-seen", action="store_true", help="recommend titles that were watched before, too")
+
+
+def _add_demo(commands) -> None:
+    parser = _command(commands, "demo", _demo, "the whole main job on a synthetic world")
+    _add_world_sizes(parser)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from m5.doctor import examine
+
+    return examine(as_json=options.json)
+
+
+def _synth(options: argparse.Namespace) -> None:
+    from data_prep.sources.synthetic import generate
+
+    generate(
+        out=options.out,
+        users=options.users,
+        titles=options.titles,
+        events=options.events,
+        seed=options.seed,
+        posters=not options.no_posters,
+    )
+    print(f"wrote {options.out}; next: m5 prepare tables {options.out}/dataset.yaml --out DATA")
+
+
+def _prepare(options: argparse.Namespace, spec) -> None:
+    from data_prep.prepare import prepare_all
+
+    prepare_all(
+        spec,
+        options.out,
+        text=options.text,
+        image=options.image,
+        image_weights=options.image_weights,
+        split=options.split,
+    )
+    print(f"wrote {options.out}; next: m5 train --preset default --data {options.out} --out RUN")
+
+
+def _prepare_tables(options: argparse.Namespace) -> None:
+    from data_prep.sources.tables import load
+
+    _prepare(options, load(options.path))
+
+
+def _prepare_movielens(options: argparse.Namespace) -> None:
+    from data_prep.sources.movielens import load
+
+    _prepare(options, load(options.path, _work_folder(options.out), options.titles, options.posters))
+
+
+def _prepare_globo(options: argparse.Namespace) -> None:
+    from data_prep.sources.globo import load
+
+    _prepare(options, load(options.path, _work_folder(options.out)))
+
+
+def _work_folder(out: Path) -> Path:
+    """Where a source writes its common tables; kept, because the prepared dataset points at posters there."""
+    return out.with_name(f"{out.name}-raw")
+
+
+def _encode(options: argparse.Namespace) -> None:
+    from data_prep.image_encoder import encode_images
+    from data_prep.text_encoder import encode_text
+
+    encode_text(options.data, model=options.text)
+    encode_images(options.data, model=options.image, weights=options.image_weights)
+
+
+def _graph(options: argparse.Namespace) -> None:
+    from data_prep.graphsage import build_graph
+
+    build_graph(options.data)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from m5.config import load_config
+    from m5.train import train
+
+    best = train(load_config(options.preset, options.overrides, options.data, options.out))
+    if os.environ.get("RANK", "0") == "0":
+        print(f"best validation: {', '.join(f'{key} {value:.4f}' for key, value in best.items() if '@10' in key)}")
+        print(f"next: m5 evaluate {options.out}")
+
+
+def _named(pairs: list[str], option: str) -> dict[str, str]:
+    from m5.config import ConfigError
+
+    named = dict(pair.partition("=")[::2] for pair in pairs)
+    if len(named) < len(pairs) or not all(named.values()):
+        raise ConfigError(f"{option} {' '.join(pairs)}: give each name once, as NAME=VALUE.")
+    return named
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from m5.evaluate import evaluate_run
+
+    evaluate_run(
+        options.run,
+        options.json,
+        rows={name: Path(path) for name, path in _named(options.row, "--row").items()},
+        filter_seen=False if options.keep_seen else True if options.filter_seen else None,
+        max_targets=options.max_targets,
+        references=not options.no_references,
+    )
+
+
+def _recommend(options: argparse.Namespace) -> None:
+    from m5.recommend import recommend
+
+    recommend(
+        options.run,
+        user=options.user,
+        history=options.history,
+        scenario=_named(options.scenario, "--scenario"),
+        k=options.k,
+        filter_seen=not options.keep_seen,
+    )
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from m5.demo import run_demo
+
+    run_demo(options.out, users=options.users, titles=options.titles, events=options.events, seed=options.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
