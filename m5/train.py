@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from m5.assemble import build_model
 from m5.batch import Batch
@@ -28,7 +27,15 @@ from m5.evaluate import evaluate
 from m5.health import Health
 from m5.losses import M5Train
 from m5.model.m5 import Scores
-from m5.parallel import World, dense_parameters, distribute, sum_over_ranks, whole_state, world
+from m5.parallel import (
+    DistributedModelParallel,
+    World,
+    dense_parameters,
+    distribute,
+    sum_over_ranks,
+    whole_state,
+    world,
+)
 from m5.predict import Predictor
 from m5.progress import TrainingLog
 from m5.schema import DataError, PreparedDataset

@@ -220,19 +220,9 @@ class BatchBuilder:
         def table_row(titles: np.ndarray) -> np.ndarray:
             return np.where(has_id[np.minimum(titles, self.n_titles)], titles, self.n_titles + UNKNOWN)
 
-        sparse = {"history": table_row(title.flat[history]), "candidates": table_row(candidates.title)}
-        if model.subsidiary:
-            sparse["age"] = behaviours.age.flat[history]
-            for column, intensity in enumerate(self.intensities):
-                sparse[f"intensity_{intensity.name}"] = behaviours.intensity[..., column].flat[history]
-        manifest = self.dataset.manifest
-        for column, vocabulary in enumerate(manifest.user_features):
-            sparse[f"user_{vocabulary.name}"] = requests.user[:, column]
-        for column, vocabulary in enumerate(manifest.contexts):
-            sparse[f"context_{vocabulary.name}"] = requests.context[:, column]
         visible = scenario[:, : len(self.scenario_names)]
-        for column, name in enumerate(self.scenario_names):
-            sparse[f"scenario_{name}"] = visible[:, column]
+        sparse = {"history": table_row(title.flat[history]), "candidates": table_row(candidates.title)}
+        sparse |= self._feature_rows(behaviours, requests, history, visible)
         experts, group = self._experts(visible)
         place = candidates.place[requests.target]
         tensors = {
@@ -259,6 +249,24 @@ class BatchBuilder:
             experts=experts,
             **{key: _tensor(values) for key, values in tensors.items()},
         )
+
+    def _feature_rows(
+        self, behaviours: Behaviours, requests: Requests, history: np.ndarray, scenario: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Row numbers in the feature tables: subsidiary ones per behaviour, all others per request."""
+        rows: dict[str, np.ndarray] = {}
+        if self.config.model.subsidiary:
+            rows["age"] = behaviours.age.flat[history]
+            for column, intensity in enumerate(self.intensities):
+                rows[f"intensity_{intensity.name}"] = behaviours.intensity[..., column].flat[history]
+        manifest = self.dataset.manifest
+        for column, vocabulary in enumerate(manifest.user_features):
+            rows[f"user_{vocabulary.name}"] = requests.user[:, column]
+        for column, vocabulary in enumerate(manifest.contexts):
+            rows[f"context_{vocabulary.name}"] = requests.context[:, column]
+        for column, name in enumerate(self.scenario_names):
+            rows[f"scenario_{name}"] = scenario[:, column]
+        return rows
 
     def _masked_positions(self, title: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         behaviour = np.flatnonzero(title.flat < self.n_titles)
