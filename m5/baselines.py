@@ -1,12 +1,13 @@
 """Reference rows: recent popularity, item-kNN and EASE, fitted on training events, settings chosen on validation.
 
-They are a few lines of SciPy each, because no library fits beside the pinned set: RecTools 0.19 asks for NumPy 1 and
-pandas 2, LensKit 2025 for pandas 2, and both rank known users, while a request here is any history at any time.
+They are a few lines of SciPy each, because no library fits beside the pinned set: RecTools 0.19 installs NumPy 1.26 and
+pandas 2.3, LensKit 2025.8 pandas 2.3, and both rank users as they were fitted, while a request here is any history.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,7 +18,9 @@ from m5.schema import TRAIN, PreparedDataset
 
 DAY = 86_400
 CHOICE_TARGETS = 2_000  # validation requests that settings are chosen on
-MAX_EASE_TITLES = 20_000  # EASE inverts a dense N x N matrix in float32: 1.6 GB here
+MAX_EASE_TITLES = 20_000  # EASE inverts a dense float32 N x N matrix and holds four of its size: 6.4 GB here
+GRAM_ROWS = 1_024  # rows of the N x N co-occurrence matrix made at a time
+NEIGHBOURS = (20, 50, 100, 200)
 CHOICE_METRIC = "ndcg@10"
 
 
@@ -35,6 +38,29 @@ class Interactions:
         matrix = sp.coo_matrix((np.ones(len(user), np.float32), (user, self.title[self.train])), shape).tocsr()
         matrix.data[:] = 1.0  # a repeated watch counts once
         self.matrix_UN = matrix
+
+    @cached_property
+    def gram_NN(self) -> np.ndarray:
+        """float32 [N, N], users who watched both titles."""
+        titles = self.matrix_UN.shape[1]
+        by_title, gram_NN = self.matrix_UN.T.tocsr(), np.empty((titles, titles), dtype=np.float32)
+        for first in range(0, titles, GRAM_ROWS):
+            gram_NN[first : first + GRAM_ROWS] = (by_title[first : first + GRAM_ROWS] @ self.matrix_UN).toarray()
+        return gram_NN
+
+    @cached_property
+    def neighbours_NN(self) -> sp.csr_matrix:
+        """float32 [N, N], cosine similarity of each title to its nearest other titles, max(NEIGHBOURS) at most."""
+        norm_N = np.sqrt(np.maximum(np.asarray(self.matrix_UN.sum(axis=0)).ravel(), 1))
+        unit_UN = (self.matrix_UN @ sp.diags(1 / norm_N)).astype(np.float32).tocsr()
+        by_title = unit_UN.T.tocsr()
+        blocks = []
+        for first in range(0, by_title.shape[0], GRAM_ROWS):
+            block = (by_title[first : first + GRAM_ROWS] @ unit_UN).tocoo()
+            other = block.row + first != block.col
+            block = sp.csr_matrix((block.data[other], (block.row[other], block.col[other])), block.shape)
+            blocks.append(_largest_per_row(block, max(NEIGHBOURS)))
+        return sp.vstack(blocks, format="csr")
 
     def histories(self, event_index: np.ndarray) -> sp.csr_matrix:
         """float32 [B, N], 1 where the user of a target event had watched the title before it."""
@@ -59,7 +85,7 @@ class Popularity:
 
     def score(self, event_index: np.ndarray) -> np.ndarray:
         """int64 [B] -> float32 [B, N]."""
-        return np.broadcast_to(self.count_N, (len(event_index), len(self.count_N)))
+        return np.tile(self.count_N, (len(event_index), 1))
 
 
 class ItemKNN:
@@ -70,11 +96,7 @@ class ItemKNN:
 
     def __init__(self, data: Interactions, neighbours: int):
         self.name, self.setting, self.data = "item-knn", {"neighbours": neighbours}, data
-        norm_N = np.sqrt(np.maximum(np.asarray(data.matrix_UN.sum(axis=0)).ravel(), 1))
-        unit_UN = data.matrix_UN @ sp.diags(1 / norm_N).astype(np.float32)
-        similarity = (unit_UN.T @ unit_UN).tocsr()
-        similarity.setdiag(0)
-        self.similarity_NN = _largest_per_row(similarity, neighbours).T.tocsr()
+        self.similarity_NN = _largest_per_row(data.neighbours_NN, neighbours).T.tocsr()
 
     def score(self, event_index: np.ndarray) -> np.ndarray:
         """int64 [B] -> float32 [B, N]."""
@@ -98,12 +120,12 @@ class EASE:
 
     def __init__(self, data: Interactions, regularisation: float):
         self.name, self.setting, self.data = "ease", {"regularisation": regularisation}, data
-        gram_NN = np.asarray((data.matrix_UN.T @ data.matrix_UN).todense(), dtype=np.float32)
+        gram_NN = data.gram_NN.copy()
         gram_NN[np.diag_indices_from(gram_NN)] += regularisation
         inverse_NN = np.linalg.inv(gram_NN)
-        weight_NN = inverse_NN / -np.diag(inverse_NN)
-        np.fill_diagonal(weight_NN, 0.0)
-        self.weight_NN = weight_NN
+        inverse_NN /= -np.diag(inverse_NN)
+        np.fill_diagonal(inverse_NN, 0.0)
+        self.weight_NN = inverse_NN
 
     def score(self, event_index: np.ndarray) -> np.ndarray:
         """int64 [B] -> float32 [B, N]."""
@@ -136,13 +158,13 @@ def reference_scorers(dataset: PreparedDataset, *, filter_seen: bool) -> tuple[l
     data = Interactions(dataset)
     grids: list[tuple[Callable[[float], Scorer], Sequence[float]]] = [
         (lambda days: Popularity(data, days), (7, 30, 90, 100_000)),
-        (lambda neighbours: ItemKNN(data, int(neighbours)), (20, 50, 100, 200)),
+        (lambda neighbours: ItemKNN(data, int(neighbours)), NEIGHBOURS),
     ]
     notes: list[str] = []
     if dataset.manifest.n_titles <= MAX_EASE_TITLES:
         grids.append((lambda regularisation: EASE(data, regularisation), (50, 200, 500, 1000)))
     else:
-        notes.append(f"ease: left out, its {dataset.manifest.n_titles:,} x N matrix would not fit.")
+        notes.append(f"ease: left out, its {dataset.manifest.n_titles:,} x N matrix would not fit in memory.")
     scorers: list[Scorer] = []
     with Console(stderr=True).status("fitting reference rows"):
         for make, settings in grids:

@@ -8,6 +8,7 @@ unknown (0) may play only what an "any" row allows.
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -20,7 +21,8 @@ class Eligibility:
     """Windows in which every title may be played, per combination of the scenario values that rights speak of.
 
     Memory: W x S x N int32 twice, W the most disjoint windows that one title has in one combination, S the number of
-    combinations (the product of the rights' vocabulary sizes). `mask` gathers rows of it and compares.
+    combinations (the product of the rights' vocabulary sizes); e.g. 70,000 titles, 10 regions, 3 plans and 2 windows
+    take 49 MB. `mask` gathers rows of it and compares, B x N int32 twice at a time: chunk B for a large catalogue.
 
     Attributes:
         start_WSN, end_WSN: int32 seconds after `origin`; a window is start <= t < end.
@@ -43,9 +45,8 @@ class Eligibility:
         sizes = [manifest.scenarios[column].size for column in columns]
         timestamps = dataset.event_array("timestamp")
         origin = int(timestamps.min()) if len(timestamps) else 0
-        windows = _windows(dataset, columns, sizes, released)
-        start_WSN, end_WSN = (torch.from_numpy(_relative(values, origin)).to(device) for values in windows)
-        return cls(start_WSN, end_WSN, origin, columns, sizes)
+        start_WSN, end_WSN = _windows(dataset, columns, sizes, _relative(released, origin), origin)
+        return cls(torch.from_numpy(start_WSN).to(device), torch.from_numpy(end_WSN).to(device), origin, columns, sizes)
 
     def mask(self, scenario_BM: Tensor, timestamp_B: Tensor) -> Tensor:
         """Whether each title is playable.
@@ -75,37 +76,46 @@ def _relative(values: np.ndarray, origin: int) -> np.ndarray:
 
 
 def _windows(
-    dataset: PreparedDataset, columns: list[int], sizes: list[int], released: np.ndarray
+    dataset: PreparedDataset, columns: list[int], sizes: list[int], released: np.ndarray, origin: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """start, end: int64 [W, S, N], windows of all combinations; an unused slot is empty (start = end = -ALWAYS)."""
-    combinations = int(np.prod(sizes)) if sizes else 1
-    titles = len(released)
-    rights = dataset.rights
+    """start, end: int32 [W, S, N] after the origin, windows of all combinations; an unused slot is empty."""
+    combinations, titles, rights = int(np.prod(sizes, dtype=np.int64)), len(released), dataset.rights
     if rights is None:
-        return released.reshape(1, 1, titles), np.full((1, 1, titles), -ALWAYS)
+        return released.reshape(1, 1, titles), np.full((1, 1, titles), NEVER, dtype=np.int32)
     combination, row = _covered_combinations(rights, dataset, columns, sizes)
     title = rights["title"].to_numpy(np.int64)[row]
-    start = np.maximum(rights["start"].to_numpy(np.int64)[row], released[title])
-    end = rights["end"].to_numpy(np.int64)[row]
-    cell = combination * titles + title
-    order = np.lexsort((start, cell))
-    cell, start, end = cell[order], start[order], end[order]
-    # Overlapping rows need no merging: a title is playable when any of its windows holds t.
+    start = np.maximum(_relative(rights["start"].to_numpy(np.int64), origin)[row], released[title])
+    end = _relative(rights["end"].to_numpy(np.int64), origin)[row]
+    cell, start, end = _disjoint(combination * titles + title, start, end)
     _, first, count = np.unique(cell, return_index=True, return_counts=True)
     slot = np.arange(len(cell)) - np.repeat(first, count)
     slots = int(count.max()) if len(count) else 1
-    starts = np.full((slots, combinations * titles), -ALWAYS)
-    ends = np.full((slots, combinations * titles), -ALWAYS)
+    starts = np.full((slots, combinations * titles), NEVER, dtype=np.int32)
+    ends = starts.copy()
     starts[slot, cell], ends[slot, cell] = start, end
     return starts.reshape(slots, combinations, titles), ends.reshape(slots, combinations, titles)
 
 
+def _disjoint(cell: np.ndarray, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Union of the windows of each cell, in order of cell and start: W stays as small as the windows allow."""
+    kept = np.flatnonzero(start < end)
+    order = kept[np.lexsort((start[kept], cell[kept]))]
+    cell, start, end = cell[order], start[order].astype(np.int64), end[order].astype(np.int64)
+    # The latest end so far, within a cell: cells ascend, so a larger cell outweighs all ends of the ones before it.
+    base = cell * 2**32 + 2**31
+    reach = np.maximum.accumulate(base + end) - base
+    opens = np.ones(len(cell), dtype=bool)
+    opens[1:] = (cell[1:] != cell[:-1]) | (start[1:] > reach[:-1])
+    first = np.flatnonzero(opens)
+    last = np.append(first[1:], len(cell))[: len(first)] - 1
+    return cell[first], start[first], reach[last]
+
+
 def _covered_combinations(
-    rights, dataset: PreparedDataset, columns: list[int], sizes: list[int]
+    rights: pd.DataFrame, dataset: PreparedDataset, columns: list[int], sizes: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Every (combination, rights row) pair in which the row applies, duplicates of a row removed."""
-    unique = ~rights.duplicated().to_numpy()
-    row = np.flatnonzero(unique)
+    """Every (combination, rights row) pair in which the row applies."""
+    row = np.arange(len(rights))
     combination = np.zeros(len(row), dtype=np.int64)
     for column, size in zip(columns, sizes, strict=True):
         value = rights[dataset.manifest.scenarios[column].name].to_numpy(np.int64)[row]

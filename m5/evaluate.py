@@ -20,7 +20,6 @@ from m5.metrics import (
     CUTOFFS,
     SMALL_SLICE,
     bootstrap_intervals,
-    coverage,
     gains,
     hits,
     propensity_weights,
@@ -65,7 +64,7 @@ def select_requests(
     """Events of a split as requests; a target that its viewer may not play is left out for all rows.
 
     Raises:
-        DataError: the split has no events.
+        DataError: the split has no events, or none that its viewer may play.
     """
     wanted = VALID if split == "valid" else TEST
     event = np.flatnonzero(np.asarray(dataset.event_array("split")) == wanted)
@@ -88,6 +87,11 @@ def select_requests(
             part = slice(first, first + rows)
             mask = eligibility.mask(torch.from_numpy(scenario[part]), torch.from_numpy(timestamp[part]))
             keep[part] = mask.gather(1, torch.from_numpy(target[part]).unsqueeze(-1)).squeeze(-1).numpy()
+    if not keep.any():
+        raise DataError(
+            f"{dataset.folder}: none of the {len(event):,} {split} targets may be played by its viewer at that time: "
+            "there is nothing to evaluate. Compare rights.parquet and the titles' release dates with the events."
+        )
     user = np.searchsorted(dataset.offsets, event, side="right") - 1
     return Requests(event[keep], user[keep], target[keep], timestamp[keep], scenario[keep], int(len(keep) - keep.sum()))
 
@@ -101,50 +105,92 @@ def seen_titles(dataset: PreparedDataset, requests: Requests, part: slice) -> tu
     return row, np.asarray(dataset.event_array("title")[place], dtype=np.int64)
 
 
-@dataclass
-class Ranking:
-    """Ranks of one row's targets, its longest lists and the titles that were candidates for anybody."""
+class Shown:
+    """Which titles stood in a list, and which could have: coverage of every slice, gathered chunk by chunk.
 
-    rank: np.ndarray
-    top: Tensor
-    eligible: Tensor
+    Args:
+        slices: name -> int64 rows of the requests.
+        requests: their number.
+        titles: catalogue size N.
+        device: where lists are.
+    """
+
+    def __init__(self, slices: dict[str, np.ndarray], requests: int, titles: int, device: torch.device):
+        self.member = {name: np.zeros(requests, dtype=bool) for name in slices}
+        for name, rows in slices.items():
+            self.member[name][rows] = True
+        self.eligible = {name: torch.zeros(titles, dtype=torch.bool, device=device) for name in slices}
+        # One place beyond the catalogue takes what fills up lists that are shorter than the cutoff.
+        self.listed = {
+            (name, k): torch.zeros(titles + 1, dtype=torch.bool, device=device) for name in slices for k in CUTOFFS
+        }
+
+    def add(self, part: slice, allowed_BN: Tensor, top_BK: Tensor) -> None:
+        """bool [B, N] candidates and int64 [B, K] lists, best first, N where there is no title, of some requests."""
+        for name, member in self.member.items():
+            rows = torch.from_numpy(np.flatnonzero(member[part])).to(top_BK.device)
+            if not len(rows):
+                continue
+            self.eligible[name] |= allowed_BN[rows].any(0)
+            for k in CUTOFFS:
+                self.listed[name, k][top_BK[rows, :k].flatten()] = True
+
+    def coverage(self, name: str) -> dict[str, float]:
+        """Share of the titles that were a candidate in the slice which stand in one of its lists."""
+        eligible = max(1, int(self.eligible[name].sum()))
+        return {f"coverage@{k}": int(self.listed[name, k][:-1].sum()) / eligible for k in CUTOFFS}
 
 
 def rank_targets(
     dataset: PreparedDataset,
     scorer: Scorer,
     requests: Requests,
+    slices: dict[str, np.ndarray],
     *,
     eligibility: Eligibility | None,
     filter_seen: bool,
-    list_length: int = max(CUTOFFS),
-) -> Ranking:
-    """Score all candidates for every request, chunk by chunk, and rank the targets."""
-    titles = dataset.manifest.n_titles
-    list_length = min(list_length, titles)
+) -> tuple[np.ndarray, Shown]:
+    """Score all candidates for every request, chunk by chunk, on the device that the scores are on.
+
+    Returns:
+        float64 [R] ranks of the targets, and the coverage of the slices.
+
+    Raises:
+        DataError: a score is NaN.
+    """
+    titles, ranks, shown = dataset.manifest.n_titles, [], None
     rows = max(1, CHUNK_ELEMENTS // titles)
-    ranks, tops, eligible = [], [], torch.zeros(titles, dtype=torch.bool)
     for first in range(0, len(requests.event), rows):
         part = slice(first, first + rows)
-        score_BN = torch.as_tensor(scorer.score(requests.event[part])).float().cpu().clone()
+        score_BN = torch.as_tensor(scorer.score(requests.event[part])).float()
         if score_BN.isnan().any():
-            raise DataError(f"row '{scorer.name}' scored a title with NaN: its weights are damaged.")
-        allowed_BN = torch.ones_like(score_BN, dtype=torch.bool)
-        if eligibility is not None:
-            allowed_BN = eligibility.mask(
-                torch.from_numpy(requests.scenario[part]), torch.from_numpy(requests.timestamp[part])
-            )
-        if filter_seen:
-            allowed_BN[seen_titles(dataset, requests, part)] = False
-        target_B = torch.from_numpy(requests.target[part])
-        allowed_BN.scatter_(1, target_B.unsqueeze(-1), True)
+            raise DataError(f"row '{scorer.name}' scored a title with NaN: its weights are damaged. Train it again.")
+        shown = shown or Shown(slices, len(requests.event), titles, score_BN.device)
+        allowed_BN = candidates(dataset, requests, part, eligibility=eligibility, filter_seen=filter_seen)
+        allowed_BN = allowed_BN.to(score_BN.device)
         # A row may itself score with -inf; a candidate still ranks before what is none.
-        score_BN = score_BN.clamp(min=torch.finfo(torch.float32).min).masked_fill_(~allowed_BN, -torch.inf)
-        ranks.append(tied_rank(score_BN, target_B))
-        best = torch.topk(score_BN, list_length)
-        tops.append(best.indices.masked_fill(best.values == -torch.inf, -1).to(torch.int32))
-        eligible |= allowed_BN.any(0)
-    return Ranking(np.concatenate(ranks), torch.cat(tops), eligible)
+        score_BN = score_BN.clamp(min=torch.finfo(torch.float32).min).masked_fill(~allowed_BN, -torch.inf)
+        ranks.append(tied_rank(score_BN, torch.from_numpy(requests.target[part]).to(score_BN.device)))
+        best = torch.topk(score_BN, min(max(CUTOFFS), titles))
+        shown.add(part, allowed_BN, best.indices.masked_fill(best.values == -torch.inf, titles))
+    assert shown is not None, "select_requests leaves at least one request"
+    return np.concatenate(ranks), shown
+
+
+def candidates(
+    dataset: PreparedDataset, requests: Requests, part: slice, *, eligibility: Eligibility | None, filter_seen: bool
+) -> Tensor:
+    """bool [B, N]: playable, and unseen where asked for; a target stays a candidate although its viewer has seen it."""
+    target_B = torch.from_numpy(requests.target[part])
+    allowed_BN = torch.ones(len(target_B), dataset.manifest.n_titles, dtype=torch.bool)
+    if eligibility is not None:
+        allowed_BN = eligibility.mask(
+            torch.from_numpy(requests.scenario[part]), torch.from_numpy(requests.timestamp[part])
+        )
+    if filter_seen:
+        row, title = seen_titles(dataset, requests, part)
+        allowed_BN[torch.from_numpy(row), torch.from_numpy(title)] = False
+    return allowed_BN.scatter_(1, target_B.unsqueeze(-1), True)
 
 
 def evaluate(
@@ -168,8 +214,16 @@ def evaluate(
         bootstrap: samples of the confidence intervals of hr@10 and ndcg@10; 0: no intervals.
 
     Returns:
-        {"models": {row: {"overall": {...}, "scenarios": {"region=US": {...}}, "warm": {...}, "cold": {...}}}, ...}
+        {"models": {row: {"overall": {...}, "scenarios": {"region=US": {...}}, "warm": {...}, "cold": {...}}},
+        "dataset": {...}, "settings": {...}, "warnings": [...]}; each {...} of a row holds hr@k, ndcg@k, mrr@k,
+        debiased_hr@k, coverage@k, "ci" (95% intervals) and "n" (requests).
+
+    Raises:
+        DataError: two rows of one name, a split without events, or a NaN score.
     """
+    names = [scorer.name for scorer in scorers]
+    if len(set(names)) < len(names):
+        raise DataError(f"two rows of the evaluation have one name: {', '.join(names)}. Train with another name=NAME.")
     eligibility = Eligibility.from_dataset(dataset)
     requests = select_requests(dataset, split, eligibility=eligibility, max_targets=max_targets, seed=seed)
     slices, warnings = _slices(dataset, requests)
@@ -178,17 +232,17 @@ def evaluate(
     weight = propensity_weights(dataset.titles["train_count"].to_numpy(np.float64), requests.target)
     models: dict[str, Any] = {}
     for scorer in scorers:
-        ranking = rank_targets(dataset, scorer, requests, eligibility=eligibility, filter_seen=filter_seen)
-
-        def measured(rows: np.ndarray, ranking: Ranking = ranking) -> dict[str, Any]:
-            return _measure(ranking, requests, weight, rows, bootstrap=bootstrap, seed=seed)
-
-        everyone = np.arange(len(requests.event))
+        rank, shown = rank_targets(dataset, scorer, requests, slices, eligibility=eligibility, filter_seen=filter_seen)
+        measured = {
+            name: _measure(rank[rows], weight[rows], requests.user[rows], bootstrap=bootstrap, seed=seed)
+            | shown.coverage(name)
+            for name, rows in slices.items()
+        }
         models[scorer.name] = {
-            "overall": measured(everyone),
-            "scenarios": {name: measured(rows) for name, rows in slices.items() if "=" in name},
-            "warm": measured(slices["warm"]),
-            "cold": measured(slices["cold"]),
+            "overall": measured["overall"],
+            "scenarios": {name: metrics for name, metrics in measured.items() if "=" in name},
+            "warm": measured["warm"],
+            "cold": measured["cold"],
         }
     return {
         "models": models,
@@ -199,8 +253,8 @@ def evaluate(
 
 
 def _slices(dataset: PreparedDataset, requests: Requests) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Rows of each scenario value and of warm and cold targets, and warnings on those with few requests."""
-    slices: dict[str, np.ndarray] = {}
+    """Rows of everybody, of each scenario value, of warm and cold targets, and warnings on those with few requests."""
+    slices = {"overall": np.arange(len(requests.event))}
     for column, vocabulary in enumerate(dataset.manifest.scenarios):
         for index in np.unique(requests.scenario[:, column]):
             value = vocabulary.values[index - 1] if index else "unknown"
@@ -215,17 +269,12 @@ def _slices(dataset: PreparedDataset, requests: Requests) -> tuple[dict[str, np.
     return slices, warnings
 
 
-def _measure(
-    ranking: Ranking, requests: Requests, weight: np.ndarray, rows: np.ndarray, *, bootstrap: int, seed: int
-) -> dict[str, Any]:
-    rank = ranking.rank[rows]
-    metrics: dict[str, Any] = ranking_metrics(rank, weight[rows])
-    top_BK = ranking.top[torch.from_numpy(rows)]
-    metrics |= {f"coverage@{k}": coverage(top_BK[:, :k], ranking.eligible) for k in CUTOFFS}
+def _measure(rank: np.ndarray, weight: np.ndarray, user: np.ndarray, *, bootstrap: int, seed: int) -> dict[str, Any]:
     values = {"hr@10": hits(rank, 10), "ndcg@10": gains(rank, 10)}
-    metrics["ci"] = bootstrap_intervals(values, requests.user[rows], samples=bootstrap, seed=seed)
-    metrics["n"] = len(rows)
-    return metrics
+    return ranking_metrics(rank, weight) | {
+        "ci": bootstrap_intervals(values, user, samples=bootstrap, seed=seed),
+        "n": len(rank),
+    }
 
 
 def evaluate_run(
@@ -246,6 +295,9 @@ def evaluate_run(
         filter_seen: as in `evaluate`; by default as the run's training.filter_seen.
         max_targets: as in `evaluate`.
         references: whether to fit popularity, item-kNN and EASE too (and the oracle where the world has its truth).
+
+    Raises:
+        DataError: no checkpoint, a row of another dataset, or `json_path` holds something else than a report.
     """
     from m5.baselines import reference_scorers
     from m5.checkpoint import read_record
@@ -253,6 +305,9 @@ def evaluate_run(
     from m5.predict import Predictor
 
     run = Path(run)
+    target = Path(json_path) if json_path is not None else run / "evaluation.json"
+    record = read_record(run)
+    notes = _earlier_look(target, record["weights_sha256"])
     predictor = Predictor.load(run)
     scorers: list[Scorer] = [predictor]
     for name, folder in (rows or {}).items():
@@ -262,18 +317,31 @@ def evaluate_run(
         other.name = name
         scorers.append(other)
     seen = predictor.config.training.filter_seen if filter_seen is None else filter_seen
-    notes: list[str] = []
     if references:
-        found, notes = reference_scorers(predictor.dataset, filter_seen=seen)
+        found, choices = reference_scorers(predictor.dataset, filter_seen=seen)
         scorers += found
+        notes += choices
     report = evaluate(predictor.dataset, scorers, filter_seen=seen, max_targets=max_targets)
-    record = read_record(run)
     report["checkpoint"] = {key: record[key] for key in ("step", "epoch", "weights_sha256")}
     report["warnings"] += notes
-    target = Path(json_path) if json_path is not None else run / "evaluation.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.writing")
     temporary.write_text(json.dumps(report, indent=1))
     temporary.replace(target)
     print_report(report)
     return report
+
+
+def _earlier_look(report: Path, weights: str) -> list[str]:
+    """A note where the report to be replaced measured other weights: test data are for one checkpoint, once."""
+    if not report.is_file():
+        return []
+    try:
+        earlier = json.loads(report.read_text())["checkpoint"]["weights_sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{report} exists and is no evaluation report; name another file, or remove it.") from None
+    if earlier == weights:
+        return []
+    return [
+        f"{report.name} held the test metrics of other weights ({earlier[:12]}): the test split was looked at before."
+    ]

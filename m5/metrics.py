@@ -6,12 +6,12 @@ With a single relevant title, HR@k is recall@k, and NDCG@k is 1 / log2(1 + rank)
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 CUTOFFS = (10, 50, 200)
 SMALL_SLICE = 100
 PROPENSITY_POWER = 0.5
+MAX_CLUSTERS = 5_000  # of users in the bootstrap
 
 
 def tied_rank(score_BN: Tensor, target_B: Tensor) -> np.ndarray:
@@ -76,33 +76,31 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Percentile intervals of means, resampling users (requests of one user are not independent).
 
+    Beyond MAX_CLUSTERS users, random groups of users are resampled instead: still independent of each other, and their
+    number is large enough for the tails; memory stays samples x MAX_CLUSTERS x 8 bytes.
+
     Args:
         values: metric -> float64 [B], one value a request.
         user: int64 [B].
         samples: bootstrap samples.
+        seed: of the draws.
+        level: share of the samples within the interval.
     """
-    _, index = np.unique(user, return_inverse=True)
-    users = int(index.max()) + 1 if len(index) else 0
-    if not users or not samples:
+    if not samples or not len(user):
         return {}
-    # A user drawn n times weighs n; multinomial counts are the resampling, and a product gives all means at once.
-    draws = np.random.default_rng(seed).multinomial(users, np.full(users, 1 / users), size=samples)
-    size = draws @ np.bincount(index, minlength=users)
+    generator = np.random.default_rng(seed)
+    _, cluster = np.unique(user, return_inverse=True)
+    users = int(cluster.max()) + 1
+    clusters = min(users, MAX_CLUSTERS)
+    if users > clusters:
+        cluster = (generator.permutation(users) % clusters)[cluster]
+    # A cluster drawn n times weighs n; multinomial counts are the resampling, and a product gives all means at once.
+    draws = generator.multinomial(clusters, np.full(clusters, 1 / clusters), size=samples).astype(np.float64)
+    size = draws @ np.bincount(cluster, minlength=clusters)
     tails = 100 * np.array([(1 - level) / 2, (1 + level) / 2])
     intervals = {}
     for name, value in values.items():
-        means = draws @ np.bincount(index, weights=value, minlength=users) / np.maximum(size, 1)
+        means = draws @ np.bincount(cluster, weights=value, minlength=clusters) / size
         low, high = np.percentile(means, tails)
         intervals[name] = (float(low), float(high))
     return intervals
-
-
-def coverage(top_BK: torch.Tensor, eligible_N: torch.Tensor) -> float:
-    """Share of the titles that were a candidate for anybody which stand in somebody's list.
-
-    Args:
-        top_BK: int64 [B, k] recommended titles, -1 where a list is shorter.
-        eligible_N: bool [N].
-    """
-    shown = top_BK[top_BK >= 0].unique().numel()
-    return shown / max(1, int(eligible_N.sum()))
