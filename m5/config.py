@@ -40,7 +40,7 @@ class ModelConfig(_Section):
     shared_experts: int = Field(2, ge=1, description="Experts that every request uses.")
     expert_hidden: int = Field(128, ge=4, multiple_of=4, description="H: hidden width of one expert.")
     mixing_width: int = Field(128, ge=4, description="I: width in which experts and gate read the crossed features.")
-    score: Literal["cosine", "dot"] = Field("cosine", description="Inner product of unit vectors or of plain ones.")
+    score: Literal["cosine", "dot"] = Field("dot", description="Inner product of unit vectors or of plain ones.")
     id_dropout: float = Field(0.05, ge=0, lt=1, description="Share of titles that lose their ID embedding in a step.")
     scenario_dropout: float = Field(0.05, ge=0, lt=1, description="Share of scenario values forgotten in training.")
     mlm_weight: float = Field(0.0, ge=0, description="lambda of the masked-language-model loss (bidirectional only).")
@@ -77,8 +77,8 @@ class DataConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    lr: float = Field(1e-3, gt=0, description="AdamW, dense part.")
-    table_lr: float = Field(0.05, gt=0, description="Row-wise Adagrad of the sharded tables, fused into backward.")
+    lr: float = Field(2e-3, gt=0, description="AdamW, dense part.")
+    table_lr: float = Field(0.5, gt=0, description="Row-wise Adagrad of the sharded tables, fused into backward.")
     expert_lr: float = Field(0.02, gt=0, description="Row-wise Adagrad of the scenario-owned experts.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled decay, matrices only.")
     warmup_steps: int = Field(100, ge=0, description="Linear warm-up of all learning rates.")
