@@ -142,13 +142,16 @@ class M5Train(nn.Module):
             playable=playable_rows if self.playable is not None else None,
             precision=self.precision,
         )
-        if self.mlm_projection is not None and batch.masked_Q.numel():
+        if self.mlm_projection is not None:
             loss = loss + self.mlm_weight * self._masked_title_loss(batch, scores)
         return loss, scores
 
     def _masked_title_loss(self, batch: Batch, scores: Scores) -> Tensor:
-        """Cross-entropy of the hidden titles against E^ID, on the scale of one loss per request."""
+        """Cross-entropy of the hidden titles against E^ID, on the scale of one loss per request.
+
+        It is computed, as zero, for a batch without hidden titles too: ranks must agree on the graph that they train.
+        """
         hidden_QD = scores.h_BLD.flatten(0, 1).index_select(0, batch.masked_Q)
         logits_QC = self.mlm_projection(hidden_QD) @ scores.id_key_CD.T
-        loss = functional.cross_entropy(logits_QC.float(), batch.masked_place_Q)
-        return loss * batch.request_P.numel()
+        loss = functional.cross_entropy(logits_QC.float(), batch.masked_place_Q, reduction="sum")
+        return loss * (batch.request_P.numel() / max(1, batch.masked_Q.numel()))
