@@ -129,4 +129,6 @@ def test_equals_the_definition(rows, released, requests, with_rights):
 def test_mask_shape_and_type(tmp_path, batch):
     eligibility = Eligibility.from_dataset(world(tmp_path, titles=4, rows=[(0, 0, 0, 0, 9)]))
     playable = eligibility.mask(torch.zeros(batch, 2, dtype=torch.int64), torch.full((batch,), 5))
-    assert playable.shape == (batch, 4) and playable.dtype == torch.bool and playable[:, 0].all()
+    assert playable.shape == (batch, 4)
+    assert playable.dtype == torch.bool
+    assert playable[:, 0].all()
