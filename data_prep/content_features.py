@@ -9,7 +9,9 @@ from data_prep.content_arrays import unit_rows
 from data_prep.metagraph import Relation
 from m5.schema import PreparedDataset
 
-RANDOM_IMAGE_WEIGHT = 0.5  # against text; untrained filters tell colour and texture, and would drown the text's meaning
+RANDOM_IMAGE_WEIGHT = (
+    0.25  # against text; untrained filters tell colour and texture, and would drown the text's meaning
+)
 NEIGHBOURS = 10
 TITLES_COMPARED = 2000
 

@@ -178,7 +178,7 @@ class MetagraphSage(nn.Module):
 
     @torch.no_grad()
     def all_nodes(self, graph: MessageGraph) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """`forward` of every node with all its neighbours, a layer at a time, so without sampling; on the CPU's memory."""
+        """`forward` of every node with all its neighbours, a layer at a time and without sampling; on the CPU."""
         device = self.link_bias.device
         titles = self.title_start(graph.title_features.to(device))
         values = [

@@ -68,8 +68,8 @@ class ImageModel:
             return f"--image {self.name}: timm has no such model. `timm.list_models()` names them all."
         if self.weights == "hub":
             return (
-                f"The weights of image model {self.name} could not be had from the Hugging Face hub ({type(error).__name__}). "
-                "Give them as a file (--image-weights FILE), or use untrained ones (--image-weights random)."
+                f"The weights of image model {self.name} could not be had from the hub ({type(error).__name__}). Give "
+                " them as a file (--image-weights FILE), or use untrained ones (--image-weights random)."
             )
         return f"--image-weights {self.weights}: not weights of {self.name} ({str(error).splitlines()[0][:200]})."
 
@@ -155,12 +155,12 @@ def _batches(items: Iterator[tuple[int, torch.Tensor]], size: int) -> Iterator[l
 def standardise(features: np.ndarray, fit_on: np.ndarray) -> np.ndarray:
     """Unit rows of features centred and scaled per channel.
 
-    A convolutional network's pooled features are positive and nearly parallel, most of all with random weights; what tells
-    images apart is the deviation from the mean.
+    A convolutional network's pooled features are positive and nearly parallel, most of all with random weights; what
+    tells images apart is the deviation from the mean.
 
     Args:
         features: float32 [n, d].
-        fit_on: bool [n], the rows that mean and scale are taken of (titles of the training period; all if there are none).
+        fit_on: bool [n], rows that mean and scale are taken of: titles of the training period, or all without any.
     """
     rows = features[fit_on] if fit_on.any() else features
     scale = rows.std(axis=0)

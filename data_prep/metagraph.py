@@ -10,8 +10,8 @@ Saved as DATA/metagraph.npz; for the i-th kind:
     i_value_titles         int32 [edges], warm titles only
 
 The graph is built so that nothing after the training period reaches what is learned from it. A *warm* title has events
-in the training period. Values hear warm titles only, and a warm title hears only values that two warm titles share; so no
-warm title's vector depends on a cold title. A cold title hears every value that at least one warm title has.
+in the training period. Values hear warm titles only, and a warm title hears only values that two warm titles share; so
+no warm title's vector depends on a cold title. A cold title hears every value that at least one warm title has.
 """
 
 from __future__ import annotations

