@@ -62,8 +62,8 @@ class ModelConfig(_Section):
 class CandidatesConfig(_Section):
     kind: Literal["full", "sampled"] = Field("full", description="Softmax over the whole catalogue or a sample of it.")
     count: int = Field(1024, ge=1, description="Sampled negatives, shared by the batch.")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Of the softmax's three matrix products; bfloat16 is 2-4 times as fast where supported."
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the softmax's three matrix products. auto: bfloat16 where the hardware multiplies it."
     )
     power: float = Field(0.75, ge=0, le=1, description="Sampling probability is (training count + 1) to this power.")
 

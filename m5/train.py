@@ -56,6 +56,18 @@ def train(config: RunConfig) -> dict[str, float]:
         return Trainer(config, place).run()
 
 
+def softmax_precision(setting: str, device: torch.device) -> torch.dtype:
+    """The dtype of the candidate softmax's products; `auto` takes bfloat16 only where it is not emulated."""
+    if setting != "auto":
+        return getattr(torch, setting)
+    native = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cuda"
+        else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+    return torch.bfloat16 if native else torch.float32
+
+
 class Schedule:
     """Factor on all learning rates: linear warm-up, then constant or cosine over the planned steps or minutes."""
 
@@ -82,8 +94,11 @@ class Trainer:
         self.config, self.place = config, place
         self.dataset = PreparedDataset(config.data)
         self.builder = BatchBuilder(self.dataset, config)
-        if self.dataset.manifest.split_counts["train"] == 0:
+        counts = self.dataset.manifest.split_counts
+        if counts["train"] == 0:
             raise DataError(f"{config.data}: no event lies in the training period, so there is nothing to train on.")
+        if counts["valid"] == 0:
+            raise DataError(f"{config.data}: no event lies in the validation period, which chooses the checkpoint.")
         self.model = self._sharded_model()
         # The unsharded twin that validation scores with, on the first rank.
         self.twin = Predictor(build_model(self.dataset, config).to(place.device), self.builder, config, place.device)
@@ -113,7 +128,7 @@ class Trainer:
             playable=playable if eligibility is not None else None,
             mlm_weight=config.model.mlm_weight,
             width=config.model.width,
-            precision=getattr(torch, config.candidates.precision),
+            precision=softmax_precision(config.candidates.precision, self.place.device),
         )
         return distribute(model, config, self.place)
 
