@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 from rich.console import Console
 
 from m5.evaluate import Scorer, evaluate
@@ -18,9 +19,9 @@ from m5.schema import TRAIN, PreparedDataset
 
 DAY = 86_400
 CHOICE_TARGETS = 2_000  # validation requests that settings are chosen on
-MAX_EASE_TITLES = 20_000  # EASE inverts a dense float32 N x N matrix and holds four of its size: 6.4 GB here
-GRAM_ROWS = 1_024  # rows of the N x N co-occurrence matrix made at a time
-NEIGHBOURS = (20, 50, 100, 200)
+MAX_EASE_TITLES = 12_000  # EASE inverts a dense float32 N x N matrix: here a minute a setting on one core, and 2.3 GB
+GRAM_ROWS = 512  # rows of the N x N co-occurrence matrix made at a time
+NEIGHBOURS = (10, 20, 50, 100, 200)
 CHOICE_METRIC = "ndcg@10"
 
 
@@ -49,18 +50,20 @@ class Interactions:
         return gram_NN
 
     @cached_property
-    def neighbours_NN(self) -> sp.csr_matrix:
-        """float32 [N, N], cosine similarity of each title to its nearest other titles, max(NEIGHBOURS) at most."""
+    def neighbours(self) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [N, K] cosine similarity of each title to its K nearest others, and int64 [N, K] which; 0 = none."""
         norm_N = np.sqrt(np.maximum(np.asarray(self.matrix_UN.sum(axis=0)).ravel(), 1))
         unit_UN = (self.matrix_UN @ sp.diags(1 / norm_N)).astype(np.float32).tocsr()
-        by_title = unit_UN.T.tocsr()
-        blocks = []
-        for first in range(0, by_title.shape[0], GRAM_ROWS):
-            block = (by_title[first : first + GRAM_ROWS] @ unit_UN).tocoo()
-            other = block.row + first != block.col
-            block = sp.csr_matrix((block.data[other], (block.row[other], block.col[other])), block.shape)
-            blocks.append(_largest_per_row(block, max(NEIGHBOURS)))
-        return sp.vstack(blocks, format="csr")
+        by_title, titles = unit_UN.T.tocsr(), unit_UN.shape[1]
+        values, indices = [], []
+        for first in range(0, titles, GRAM_ROWS):
+            block = (by_title[first : first + GRAM_ROWS] @ unit_UN).toarray()
+            row = np.arange(len(block))
+            block[row, first + row] = 0.0
+            best = torch.topk(torch.from_numpy(block), min(max(NEIGHBOURS), titles))
+            values.append(best.values.numpy())
+            indices.append(best.indices.numpy())
+        return np.concatenate(values), np.concatenate(indices)
 
     def histories(self, event_index: np.ndarray) -> sp.csr_matrix:
         """float32 [B, N], 1 where the user of a target event had watched the title before it."""
@@ -96,20 +99,15 @@ class ItemKNN:
 
     def __init__(self, data: Interactions, neighbours: int):
         self.name, self.setting, self.data = "item-knn", {"neighbours": neighbours}, data
-        self.similarity_NN = _largest_per_row(data.neighbours_NN, neighbours).T.tocsr()
+        value, index = (array[:, :neighbours] for array in data.neighbours)
+        row = np.broadcast_to(np.arange(len(value))[:, None], value.shape)
+        similarity = sp.csr_matrix((value.ravel(), (index.ravel(), row.ravel())), (len(value), len(value)))
+        similarity.eliminate_zeros()
+        self.similarity_NN = similarity
 
     def score(self, event_index: np.ndarray) -> np.ndarray:
         """int64 [B] -> float32 [B, N]."""
         return (self.data.histories(event_index) @ self.similarity_NN).toarray()
-
-
-def _largest_per_row(matrix: sp.csr_matrix, keep: int) -> sp.csr_matrix:
-    """Only the `keep` largest entries of each row."""
-    row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
-    order = np.lexsort((-matrix.data, row))
-    place = np.arange(len(row)) - matrix.indptr[row]
-    kept = order[place < keep]
-    return sp.csr_matrix((matrix.data[kept], (row[kept], matrix.indices[kept])), matrix.shape)
 
 
 class EASE:
@@ -120,9 +118,9 @@ class EASE:
 
     def __init__(self, data: Interactions, regularisation: float):
         self.name, self.setting, self.data = "ease", {"regularisation": regularisation}, data
-        gram_NN = data.gram_NN.copy()
-        gram_NN[np.diag_indices_from(gram_NN)] += regularisation
-        inverse_NN = np.linalg.inv(gram_NN)
+        gram_NN = torch.from_numpy(data.gram_NN.copy())
+        gram_NN.diagonal().add_(regularisation)
+        inverse_NN = torch.cholesky_inverse(torch.linalg.cholesky(gram_NN)).numpy()
         inverse_NN /= -np.diag(inverse_NN)
         np.fill_diagonal(inverse_NN, 0.0)
         self.weight_NN = inverse_NN

@@ -15,6 +15,8 @@ from torch import Tensor
 from m5.schema import ALWAYS, PreparedDataset
 
 NEVER = np.iinfo(np.int32).max
+# Elements of the mask made at a time: on a CPU what fits its cache (three times faster), on a GPU what bounds memory.
+CPU_ELEMENTS, GPU_ELEMENTS = 2**18, 2**27
 
 
 class Eligibility:
@@ -22,7 +24,7 @@ class Eligibility:
 
     Memory: W x S x N int32 twice, W the most disjoint windows that one title has in one combination, S the number of
     combinations (the product of the rights' vocabulary sizes); e.g. 70,000 titles, 10 regions, 3 plans and 2 windows
-    take 49 MB. `mask` gathers rows of it and compares, B x N int32 twice at a time: chunk B for a large catalogue.
+    take 49 MB. `mask` gathers rows of it and compares, block by block; its result takes B x N bytes.
 
     Attributes:
         start_WSN, end_WSN: int32 seconds after `origin`; a window is start <= t < end.
@@ -63,10 +65,16 @@ class Eligibility:
             combination_B = combination_B * size + scenario_BM[:, column]
         limit = NEVER - 1
         time_B1 = (timestamp_B - self.origin).clamp(-limit, limit).to(torch.int32).unsqueeze(-1)
-        playable_BN = None
-        for start_SN, end_SN in zip(self.start_WSN, self.end_WSN, strict=True):
-            inside_BN = (start_SN[combination_B] <= time_B1) & (time_B1 < end_SN[combination_B])
-            playable_BN = inside_BN if playable_BN is None else playable_BN | inside_BN
+        titles, on_cpu = self.start_WSN.shape[-1], scenario_BM.device.type == "cpu"
+        rows = max(1, (CPU_ELEMENTS if on_cpu else GPU_ELEMENTS) // titles)
+        playable_BN = torch.zeros(len(timestamp_B), titles, dtype=torch.bool, device=scenario_BM.device)
+        for first in range(0, len(timestamp_B), rows):
+            part = slice(first, first + rows)
+            for start_SN, end_SN in zip(self.start_WSN, self.end_WSN, strict=True):
+                inside_BN = (start_SN[combination_B[part]] <= time_B1[part]) & (
+                    time_B1[part] < end_SN[combination_B[part]]
+                )
+                playable_BN[part] |= inside_BN
         return playable_BN
 
 

@@ -90,10 +90,10 @@ def test_ease_solves_its_problem(tastes):
 
 def test_blocks_change_nothing(tastes, monkeypatch):
     whole = Interactions(tastes)
-    gram, neighbours = whole.gram_NN, whole.neighbours_NN.toarray()
+    gram, score = whole.gram_NN, ItemKNN(whole, 5).score(targets_of(tastes))
     monkeypatch.setattr(baselines, "GRAM_ROWS", 3)
     np.testing.assert_array_equal(Interactions(tastes).gram_NN, gram)
-    np.testing.assert_allclose(Interactions(tastes).neighbours_NN.toarray(), neighbours, rtol=1e-6)
+    np.testing.assert_allclose(ItemKNN(Interactions(tastes), 5).score(targets_of(tastes)), score, rtol=1e-6)
 
 
 def test_rows_are_chosen_on_validation_and_know_tastes(tastes):
