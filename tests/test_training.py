@@ -258,6 +258,16 @@ def test_missing_content_names_the_file_and_the_remedy(tmp_path: Path) -> None:
         train(tiny_config(tmp_path / "data", tmp_path / "run"))
 
 
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_an_empty_split_is_told_before_training(tmp_path: Path, part: str) -> None:
+    dataset = write_world(tmp_path / "data")
+    counts = dataset.manifest.split_counts | {part: 0}
+    dataset.manifest.model_copy(update={"split_counts": counts}).write(tmp_path / "data")
+    with pytest.raises(DataError, match="no event lies in the (training|validation) period"):
+        train(tiny_config(tmp_path / "data", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_unknown_metric_is_told(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"hr@11 is not measured; known: .*hr@10"):
         train(tiny_config(data, tmp_path / "run", "training.metric=hr@11"))

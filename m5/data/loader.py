@@ -78,7 +78,8 @@ class Loader:
 
     def _make(self, index: int) -> Batch:
         # The draws are the batch's, not the rank's: all ranks share candidates and dropped titles.
-        generator = np.random.default_rng([self.seed, self.epoch, index])
+        # Counted from 1, because NumPy pads seeds with zeros: [seed, epoch, 0] would repeat the order's stream.
+        generator = np.random.default_rng([self.seed, self.epoch, 1 + index])
         return self.builder.build(self.batches[index][self.rank :: self.world_size], generator)
 
     def __iter__(self) -> Iterator[Batch]:
