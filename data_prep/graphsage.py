@@ -31,8 +31,8 @@ TARGETS = 0.3  # share of an epoch's links that are predicted, and so hidden fro
 MOST_TARGETS = 100_000  # an epoch, so that a large catalogue's epochs do not grow without end
 NEGATIVES = 4  # a link
 PATIENCE = 3  # epochs without a better held-out AUC
-LINKS_PER_BATCH = 512  # at least; with 4,096, MovieLens-1M's held-out AUC stays at .65 instead of .86
-STEPS_PER_EPOCH = 50  # at most
+STEPS_PER_EPOCH = 25  # many small steps: with a fifth of them, MovieLens-1M's held-out AUC stays at .65 instead of .86
+SMALLEST_BATCH, LARGEST_BATCH = 64, 2048  # links
 LEARNING_RATE = 3e-3  # falls linearly to nothing over the epochs
 SMALLEST_GAIN = 1e-3  # of the held-out AUC, to count as better
 
@@ -152,7 +152,7 @@ class LinkPredictor:
         titles = np.concatenate([t[h] for (t, _), h in pairs])
         values = np.concatenate([v[h] for (_, v), h in pairs])
         order = self.rng.permutation(len(relation))
-        size = max(LINKS_PER_BATCH, -(-len(order) // STEPS_PER_EPOCH))
+        size = int(np.clip(len(order) // STEPS_PER_EPOCH, SMALLEST_BATCH, LARGEST_BATCH))
         losses = []
         self.model.train()
         for start in range(0, len(order), size):
