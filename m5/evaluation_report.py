@@ -21,25 +21,28 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     first = next(iter(models.values()))
     seen = "seen titles filtered" if settings["filter_seen"] else "seen titles kept"
     requests = first["overall"]["n"]
-    table = _table(f"{report['dataset']['name']}, {settings['split']}: {requests:,} requests, {seen}", models)
+    table = _table(models)
     for metric in OVERALL:
         table.add_row(metric, "", *(f"{model['overall'][metric]:.4f}" for model in models.values()))
         half = [_half_interval(model["overall"], metric) for model in models.values()]
         if any(half):
             table.add_row("  95% interval", "", *half, style="dim")
+    # Above the table and not as its title, which would be wrapped to the width of a narrow table.
+    console.print(f"{report['dataset']['name']}, {settings['split']}: {requests:,} requests, {seen}", style="italic")
     console.print(table)
-    table = _table("NDCG@10 by slice (HR@50 for cold titles)", models)
+    table = _table(models)
     for name in (*first["scenarios"], "warm", "cold"):
         metric = "hr@50" if name == "cold" else "ndcg@10"
         parts = [model["scenarios"].get(name) or model[name] for model in models.values()]
         table.add_row(name, f"{parts[0]['n']:,}", *(f"{part[metric]:.4f}" if part["n"] else "-" for part in parts))
+    console.print("NDCG@10 by slice (HR@50 for cold titles)", style="italic")
     console.print(table)
     for warning in report["warnings"]:
         console.print(f"note: {warning}", markup=False, highlight=False)
 
 
-def _table(title: str, models: dict[str, Any]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+def _table(models: dict[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("")
     table.add_column("requests", justify="right")
     for name in models:
