@@ -332,8 +332,7 @@ def test_embedding_layer_places_every_row(tmp_path: Path) -> None:
     targets = dataset.offsets[1:][2:8] - 1
     batch = builder.build(builder.windows_before(targets), None)
     embedded = layer(batch)
-    table = {name: weight for name, weight in layer.tables.state_dict().items()}
-    rows = {name.split(".")[1]: weight for name, weight in table.items()}
+    rows = {name.split(".")[1]: weight for name, weight in layer.tables.state_dict().items()}
     n_titles, cold = dataset.manifest.n_titles, dataset.titles["cold"].to_numpy()
     seconds = dataset.manifest.intensities[0].bucket(dataset.event_array("intensity_seconds"))
     for b, target in enumerate(targets):

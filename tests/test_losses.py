@@ -122,7 +122,8 @@ def test_huge_scores_stay_finite(case: dict[str, Tensor]) -> None:
         query, case["key"], case["positive"], log_q_C=case["log_q"], own_P=case["own"], playable=None
     )
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(query.grad).all()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(query.grad).all()
 
 
 def test_log_q_makes_the_sampled_normaliser_unbiased() -> None:

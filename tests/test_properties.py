@@ -146,7 +146,8 @@ def test_any_scenario_and_any_history_give_finite_scores(name: str, region: int,
     viewer = ad_hoc_viewer(answering.dataset, ";".join(f"t{i}" for i in range(watched)))
     viewer = Viewer(**{**vars(viewer), "scenario": {"region": region, "plan": plan}})
     answer = recommend_titles(answering, viewer, k=TITLES)
-    assert np.isfinite([item.score for item in answer]).all() and len(answer) >= TITLES - REGIONAL - 1 - watched
+    assert np.isfinite([item.score for item in answer]).all()
+    assert len(answer) >= TITLES - REGIONAL - 1 - watched
 
 
 @every_model
@@ -174,7 +175,7 @@ def test_recommended_are_the_best_playable_titles(
     scores = [item.score for item in answer]
     assert scores == sorted(scores, reverse=True)
     everything = recommend_titles(answering, viewer, k=TITLES, filter_seen=filter_seen)
-    assert titles == [int(item.title_id[1:]) for item in everything[:k]]
+    assert scores == [item.score for item in everything[:k]]  # titles with equal scores may change places
 
 
 @every_model
@@ -235,6 +236,7 @@ def test_a_dropped_titles_key_and_gradient_do_not_touch_its_id_row() -> None:
     kept = batch.candidate_C[batch.sparse["candidates"].values() < TITLES]
     gradient_N = table.grad[:TITLES].abs().sum(-1)
     table.grad = None
-    assert len(lost) > 3 and len(kept) > 3
+    assert len(lost) > 3
+    assert len(kept) > 3
     assert not gradient_N[lost].any()
     assert (gradient_N[kept] > 0).all()

@@ -35,6 +35,7 @@ BRANCHES = {
     "mlp": ("model.mixing=mlp",),
     "dot": ("model.score=dot",),
     "sampled": ("candidates.kind=sampled", "candidates.count=10"),
+    "precision auto": ("candidates.precision=auto",),
     "bfloat16 products": ("candidates.precision=bfloat16",),
     "autocast": ("training.autocast=true",),
     "bidirectional": BIDIRECTIONAL,
@@ -133,11 +134,13 @@ def test_metrics_follow_the_steps_and_tell_the_models_health(run: tuple[Path, di
     assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
     assert [record["epoch"] for record in lines(folder, "valid")] == [0, 1, 2, 3]
     for record in steps:
-        assert math.isfinite(record["loss"]) and record["targets_per_second"] > 0
+        assert math.isfinite(record["loss"])
+        assert record["targets_per_second"] > 0
         # Two shared experts and one for region and plan each; their mean gate weights add up to 1.
         load = [record[f"expert_load/id/{expert}"] for expert in range(4)]
         assert sum(load) == pytest.approx(1, abs=1e-5)
-        assert 0 <= record["expert_entropy/id"] <= 1 and -1 <= record["interest_similarity"] <= 1
+        assert 0 <= record["expert_entropy/id"] <= 1
+        assert -1 <= record["interest_similarity"] <= 1
         assert 0 < record["gate/all"] < 1
     assert any(key.startswith("gate/region=r") for key in steps[0])
 
@@ -263,7 +266,7 @@ def test_an_empty_split_is_told_before_training(tmp_path: Path, part: str) -> No
     dataset = write_world(tmp_path / "data")
     counts = dataset.manifest.split_counts | {part: 0}
     dataset.manifest.model_copy(update={"split_counts": counts}).write(tmp_path / "data")
-    with pytest.raises(DataError, match="no event lies in the (training|validation) period"):
+    with pytest.raises(DataError, match=r"no event lies in the (training|validation) period"):
         train(tiny_config(tmp_path / "data", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -306,7 +309,7 @@ def test_wrong_settings_are_told(override: str, message: str, tmp_path: Path) ->
 
 
 def test_unknown_preset_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no preset 'papr'. Presets: .*default.*paper"):
+    with pytest.raises(ConfigError, match=r"no preset 'papr'\. Presets: .*default.*paper"):
         load_config("papr", [], tmp_path, tmp_path)
 
 

@@ -35,6 +35,9 @@ TINY = (
     "sequences.requests=6",
     "sequences.sequences=8",
     "sequences.prefetch=2",
+    "model.score=cosine",
+    "candidates.precision=float32",
+    "optimizer.table_lr=0.05",
     "optimizer.warmup_steps=0",
     "optimizer.schedule=constant",
     "training.threads=1",
@@ -43,7 +46,7 @@ TINY = (
 
 
 def tiny_config(data: Path, out: Path, *overrides: str) -> RunConfig:
-    """The default preset in miniature, without any dropout; `overrides` win."""
+    """The default preset in miniature, without any dropout and with tuned settings held still; `overrides` win."""
     return load_config("default", [*TINY, *overrides], data, out)
 
 

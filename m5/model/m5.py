@@ -100,7 +100,7 @@ class M5(nn.Module):
         if self.experts is not None:
             rows = self.experts(batch.experts)
             # The batch's order, which is group_PM's: a sharded collection answers in the order of its sharding plan.
-            for key in batch.experts.keys():
+            for key in batch.experts.keys():  # noqa: SIM118, a KeyedJaggedTensor is no dict
                 owned[key.split("_")[0]].append(rows[key].values().view(-1, *self.expert_shape))
         return owned
 

@@ -1,4 +1,4 @@
-"""Multi-scenario mixing layer (paper: "multi-scenario mixing layer"), one per branch: interests in, ONE user vector out.
+"""Multi-scenario mixing layer (paper: "multi-scenario mixing layer"), one per branch: interests to ONE user vector.
 
     z   = [interests ; E^SH(x^u, x^s, x^c) ; crosses],  cross(f) = (W_f E(f)) * (W_s E(x^s))   concat and crossing
     x   = gelu(W z)
@@ -14,8 +14,8 @@ Controls behind the same interface: `MultiGateMixture` (MMoE: all experts, one g
 `ScenarioBlindMixture` (one perceptron).
 
 Source: Zhao et al., KDD 2023 (the layer and SMoE by name); internals are our decisions. MMoE: Ma et al., KDD 2018,
-doi 10.1145/3219819.3220007. Dimension legend in `m5.batch`; A active experts, I width of x, H hidden width of an expert,
-V scenario values, R = I + 1 + D rows that hold one expert.
+doi 10.1145/3219819.3220007. Dimension legend in `m5.batch`; A active experts, I width of x, H hidden width of an
+expert, V scenario values, R = I + 1 + D rows that hold one expert.
 """
 
 from __future__ import annotations
