@@ -8,9 +8,17 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    """Every weight random, so that no zero start hides a mistake."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.5)
+    return module
 
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:

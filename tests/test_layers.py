@@ -1,4 +1,4 @@
-"""Every layer against its slow reference (values and gradients), and the reductions to simpler models."""
+"""Every layer against its slow reference, in values and gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from m5.assemble import build_model
 from m5.data.sequences import BatchBuilder
@@ -20,15 +19,14 @@ from m5.model.multi_interest_extraction import (
 )
 from m5.model.multi_modal_embedding import ContentProjection
 from m5.model.multi_scenario_mixing import (
-    Expert,
     FeatureCrossing,
     MultiGateMixture,
     SplitMixture,
     expert_rows,
-    owned_expert,
 )
 from m5.model.weighted_candidate_matching import WeightedCandidateMatching
 from tests import reference
+from tests.reference import randomise
 from tests.world import tiny_config, write_world
 
 LENGTHS = (5, 2)  # a full sequence and a padded one
@@ -38,14 +36,6 @@ WIDTH, SUBSIDIARY, CATEGORIES = 8, 6, 3
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def randomise(module: nn.Module) -> nn.Module:
-    """Every weight random, so that no zero start hides a mistake."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=0.5)
-    return module
 
 
 def assert_same(
@@ -358,155 +348,3 @@ def test_embedding_layer_places_every_row(tmp_path: Path) -> None:
             value = int(dataset.event_array(f"scenario_{name}")[target])
             torch.testing.assert_close(embedded.scenario_PMD[b, m], rows[f"scenario_{name}"][value])
         assert not embedded.id_BLD[b, int(batch.length_B[b]) :].any()
-
-
-# ---- reductions ----------------------------------------------------------------------------------------------
-
-
-def test_split_mixture_of_one_shared_expert_is_the_perceptron() -> None:
-    mixture = randomise(
-        SplitMixture(
-            input_width=INPUT,
-            hidden=HIDDEN,
-            output_width=WIDTH,
-            scenario_width=0,
-            shared=1,
-            scenarios=0,
-        )
-    )
-    perceptron = Expert(input_width=INPUT, hidden=HIDDEN, output_width=WIDTH)
-    perceptron.load_state_dict(mixture.shared[0].state_dict())
-    x_PI = torch.randn(6, INPUT)
-    mixed = mixture(x_PI, torch.zeros(6, 0), [], torch.zeros(6, 0, dtype=torch.int64))
-    torch.testing.assert_close(mixed.user_PD, perceptron(x_PI))
-
-
-def test_one_scenario_value_is_scenario_blind() -> None:
-    """Where all requests share the scenario, its expert is one more shared expert."""
-    split = randomise(
-        SplitMixture(
-            input_width=INPUT,
-            hidden=HIDDEN,
-            output_width=WIDTH,
-            scenario_width=0,
-            shared=1,
-            scenarios=1,
-        )
-    )
-    blind = SplitMixture(
-        input_width=INPUT,
-        hidden=HIDDEN,
-        output_width=WIDTH,
-        scenario_width=0,
-        shared=2,
-        scenarios=0,
-    )
-    own = torch.randn(expert_rows(INPUT, WIDTH), HIDDEN)
-    with torch.no_grad():
-        blind.gate.load_state_dict(split.gate.state_dict())
-        blind.shared[0].load_state_dict(split.shared[0].state_dict())
-        blind.shared[1].hidden.weight.copy_(own[:INPUT].T)
-        blind.shared[1].hidden.bias.copy_(own[INPUT])
-        blind.shared[1].output.weight.copy_(own[INPUT + 1 :])
-    x_PI, group_P1 = torch.randn(6, INPUT), torch.zeros(6, 1, dtype=torch.int64)
-    torch.testing.assert_close(
-        split(x_PI, torch.zeros(6, 0), [own.unsqueeze(0)], group_P1).user_PD,
-        blind(x_PI, torch.zeros(6, 0), [], group_P1[:, :0]).user_PD,
-    )
-
-
-def test_multi_gate_mixture_without_scenarios_is_plain_mixture() -> None:
-    mixture = randomise(
-        MultiGateMixture(
-            input_width=INPUT,
-            hidden=HIDDEN,
-            output_width=WIDTH,
-            experts=3,
-            scenario_values=(),
-        )
-    )
-    x_PI = torch.randn(4, INPUT)
-    gate_PE = torch.softmax(mixture.default_gate(x_PI), dim=-1)
-    expected = sum(gate_PE[:, e : e + 1] * mixture.experts[e](x_PI) for e in range(3))
-    torch.testing.assert_close(mixture(x_PI, torch.zeros(4, 0, dtype=torch.int64)).user_PD, expected)
-
-
-def test_one_category_without_slope_and_intensity_is_the_running_mean() -> None:
-    layer = CategoryAggregation(width=WIDTH, categories=1, history=4)
-    with torch.no_grad():
-        layer.slope.fill_(-torch.inf)
-    h_BLD = torch.randn(1, 5, WIDTH)
-    category_BL = torch.tensor([[-1, 0, 0, 0, 0]])
-    interests = layer(h_BLD, torch.zeros(1, 5), category_BL, torch.arange(5))
-    for last in range(1, 5):
-        torch.testing.assert_close(interests[last, 0], h_BLD[0, 1 : last + 1].mean(0))
-
-
-def test_one_category_without_slope_is_attention_pooling() -> None:
-    layer = CategoryAggregation(width=WIDTH, categories=1, history=4)
-    with torch.no_grad():
-        layer.slope.fill_(-torch.inf)
-    h_BLD, intensity_BL = torch.randn(1, 5, WIDTH), torch.randn(1, 5)
-    pooled = torch.softmax(intensity_BL[0], dim=0) @ h_BLD[0]
-    interests = layer(h_BLD, intensity_BL, torch.zeros(1, 5, dtype=torch.int64), torch.tensor([4]))
-    torch.testing.assert_close(interests[0, 0], pooled)
-
-
-def test_aggregation_survives_the_longest_history_at_the_steepest_slope() -> None:
-    history = 2000
-    layer = CategoryAggregation(width=2, categories=1, history=history)
-    with torch.no_grad():
-        layer.slope.fill_(torch.inf)
-    h_BLD = torch.arange(history + 1.0).view(1, -1, 1).expand(1, -1, 2)
-    category_BL = torch.zeros(1, history + 1, dtype=torch.int64)
-    extreme_BL = torch.full((1, history + 1), 10.0)
-    interests = layer(h_BLD, extreme_BL, category_BL, torch.arange(history + 1))
-    decay = torch.exp(torch.tensor(-layer.max_slope, dtype=torch.float64)) ** torch.arange(history + 1).flip(0)
-    expected = (decay * h_BLD[0, :, 0]).sum() / decay.sum()
-    assert torch.isfinite(interests).all()
-    torch.testing.assert_close(interests[-1, 0, 0].double(), expected, rtol=1e-4, atol=0)
-
-
-# ---- the cost of scenarios -----------------------------------------------------------------------------------
-
-
-def test_owned_experts_cost_the_same_however_many_requests_share_them() -> None:
-    """FLOPs depend on the number of requests, not on the number of values among them."""
-    rows = expert_rows(INPUT, WIDTH)
-    x_PI = torch.randn(12, INPUT)
-
-    def flops(values: int) -> int:
-        with FlopCounterMode(display=False) as counter:
-            owned_expert(
-                x_PI,
-                torch.randn(values, rows, HIDDEN),
-                torch.arange(12) % values,
-                WIDTH,
-            )
-        return counter.get_total_flops()
-
-    assert flops(1) == flops(3) == flops(12) == 12 * 2 * HIDDEN * (INPUT + WIDTH)
-
-
-def test_cost_of_a_batch_does_not_grow_with_the_number_of_scenario_values(
-    tmp_path: Path,
-) -> None:
-    """The same requests in worlds of 3 and of 300 regions: same rows looked up, same FLOPs."""
-    costs = []
-    for regions in (3, 300):
-        dataset = write_world(tmp_path / str(regions), regions=3)
-        names = tuple(f"r{i}" for i in range(1, regions + 1))
-        manifest = dataset.manifest
-        wide = manifest.scenarios[0].model_copy(update={"values": names})
-        dataset.manifest = manifest.model_copy(update={"scenarios": (wide, *manifest.scenarios[1:])})
-        config = tiny_config(tmp_path / str(regions), tmp_path / "run")
-        builder, model = BatchBuilder(dataset, config), build_model(dataset, config)
-        batch = builder.build(builder.windows_before(dataset.offsets[1:][2:10] - 1), None)
-        with FlopCounterMode(display=False) as counter:
-            model(batch)
-        assert dict(model.experts.named_parameters())["embeddings.experts_id_region.weight"].shape[0] == (
-            regions + 1
-        ) * expert_rows(12, 16)
-        costs.append((batch.experts.values().numel(), counter.get_total_flops()))
-    assert costs[0] == costs[1]
-    assert costs[0][1] > 0
