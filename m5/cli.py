@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from m5.library_warnings import silence_known
+
 Command = Callable[[argparse.Namespace], int | None]
 
 
@@ -32,6 +34,7 @@ REMEDIES = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; see `m5 --help`. An exception that is no mistake of the user's goes through, with its trace."""
     options = parse(arguments)
+    silence_known()
     try:
         return options.command(options) or 0
     except KeyboardInterrupt:

@@ -92,7 +92,11 @@ class TrainingConfig(_Section):
     max_minutes: float | None = Field(None, gt=0, description="Stop after this long; the schedule follows the clock.")
     evaluate_every: int = Field(1, ge=1, description="Epochs between validations.")
     patience: int = Field(5, ge=1, description="Validations without a better metric before stopping.")
-    metric: str = Field("ndcg@10", description="Validation metric that chooses the checkpoint.")
+    metric: str = Field(
+        "ndcg@10",
+        pattern=r"^(hr|ndcg|mrr|debiased_hr)@(10|50|200)$",
+        description="Validation metric that chooses the checkpoint, e.g. hr@200.",
+    )
     validation_targets: int | None = Field(10_000, ge=1, description="Random part of the validation targets, fixed.")
     filter_seen: bool = Field(True, description="Whether evaluation leaves out titles that the viewer has watched.")
     threads: int | None = Field(None, ge=1, description="CPU threads per rank; none: all cores / local ranks.")

@@ -171,9 +171,6 @@ class Trainer:
             )
             overall = report["models"][self.twin.name]["overall"]
             metrics[0] = {key: value for key, value in overall.items() if isinstance(value, int | float)}
-            if self.config.training.metric not in metrics[0]:
-                known = ", ".join(metrics[0])
-                raise ConfigError(f"training.metric={self.config.training.metric} is not measured; known: {known}.")
         dist.broadcast_object_list(metrics, src=0)
         return metrics[0], state
 
