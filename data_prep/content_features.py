@@ -30,6 +30,8 @@ def principal_components(features: np.ndarray, fit_on: np.ndarray, width: int) -
     centred = (rows - mean).astype(np.float64)
     d = features.shape[1]
     width = min(width, d)
+    if not width:
+        return features.astype(np.float32)
     _, axes = eigh(centred.T @ centred, subset_by_index=(d - width, d - 1))
     turned = (features - mean) @ axes[:, ::-1]
     return np.where(present[:, None], turned, 0).astype(np.float32)

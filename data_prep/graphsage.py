@@ -254,7 +254,7 @@ def build_graph(
     data: Path,
     *,
     dim: int = 128,
-    epochs: int = 25,
+    epochs: int = 16,
     fanout: tuple[int, int] = (5, 5),
     seed: int = 0,
     device: str | None = None,
@@ -280,12 +280,12 @@ def build_graph(
     data = Path(data)
     dataset = PreparedDataset(data)
     warm = ~dataset.titles["cold"].to_numpy(dtype=bool)
-    features = content_features(dataset, warm, dim)
+    features = unit_rows(principal_components(content_features(dataset, warm, dim), warm, dim))
     graph = build_metagraph(dataset)
     save_metagraph(graph, data / "metagraph.npz")
     halves, metrics, notes = [], {"links": float(graph.n_links)}, []
     if features.shape[1]:
-        halves.append(unit_rows(principal_components(features, warm, dim)))
+        halves.append(features)
     if graph.relations:
         predictor = LinkPredictor(graph, features, width=dim, fanout=fanout, seed=seed, device=pick_device(device))
         found = predictor.train(epochs)

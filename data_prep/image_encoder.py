@@ -61,7 +61,7 @@ class ImageModel:
                 network = timm.create_model(self.name, pretrained=self.weights == "hub", **settings)
             except Exception as error:  # unknown name, no connection, weights of another model: many kinds
                 raise DataError(self._why(error)) from error
-        return network.to(self.device, memory_format=torch.channels_last).eval()
+        return network.to(device=self.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
     def _why(self, error: Exception) -> str:
         if "nknown model" in str(error):
@@ -208,7 +208,8 @@ def encode_images(
     rows, paths, absent = _existing(data, titles["artwork"].fillna("").tolist())
     notes = [f"{len(absent):,} artwork files do not exist, for example {absent[0]}."] if absent else []
     if not rows:
-        return _without_images(data, notes)
+        _without_images(data, notes)
+        return None
     encoder = ImageModel(model, weights, pick_device(device), image_size)
     if weights == "random":
         notes.insert(0, f"{model} has RANDOM, untrained weights: its vectors know colour and texture, not content.")
@@ -231,7 +232,8 @@ def encode_images(
         )
         print(f"image: {notes[-1]}", file=sys.stderr)
     if not good:
-        return _without_images(data, notes)
+        _without_images(data, notes)
+        return None
     found = np.array([rows[position] for position in good])
     features = np.stack([vectors[keys[position].encode()] for position in good])
     array = np.zeros((len(titles), features.shape[1]), dtype=np.float32)

@@ -114,7 +114,7 @@ def save_metagraph(graph: Metagraph, path: Path) -> None:
     for i, relation in enumerate(graph.relations):
         arrays |= {
             f"{i}_values": relation.values,
-            f"{i}_trained": np.int64(relation.n_trained),
+            f"{i}_trained": np.array(relation.n_trained),
             f"{i}_title_offsets": relation.title_offsets,
             f"{i}_title_values": relation.title_values,
             f"{i}_value_offsets": relation.value_offsets,
@@ -123,7 +123,7 @@ def save_metagraph(graph: Metagraph, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.writing")
     try:
         with temporary.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

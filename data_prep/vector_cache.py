@@ -124,7 +124,8 @@ def encode_through(
     missing = first[[key not in found for key in unique.tolist()]] if len(unique) else first
     if not len(missing):
         return found, 0
-    encoded, pending = 0, []
+    encoded = 0
+    pending: list[tuple[np.ndarray, np.ndarray]] = []
 
     def flush() -> None:
         if pending:

@@ -24,13 +24,13 @@ from m5.model.multi_scenario_mixing import (
     expert_tables,
 )
 from m5.model.weighted_candidate_matching import WeightedCandidateMatching
-from m5.schema import DataError, PreparedDataset
+from m5.schema import ContentKind, DataError, PreparedDataset
 
 RESIDUAL_OUTPUTS = ("attention_output", "perceptron_output", "decoration")
 ROWS_PER_SEED = 2**16  # table rows drawn from one random stream; see `initial_rows`
 
 
-def content_vectors(dataset: PreparedDataset, kinds: tuple[str, ...]) -> Tensor | None:
+def content_vectors(dataset: PreparedDataset, kinds: tuple[ContentKind, ...]) -> Tensor | None:
     """float32 [N, G]: the content arrays side by side, or None for a model without content branch."""
     arrays = []
     for kind in kinds:
@@ -121,16 +121,29 @@ def build_model(dataset: PreparedDataset, config: RunConfig, *, table_device: to
 
 def _mixing(config: RunConfig, interests: int, features: int, scenario_sizes: tuple[int, ...]) -> MultiScenarioMixing:
     model, scenarios = config.model, len(scenario_sizes)
-    shape = {"input_width": model.mixing_width, "hidden": model.expert_hidden, "output_width": model.width}
+    hidden = model.expert_hidden
+    mixture: SplitMixture | MultiGateMixture | Expert
     if model.mixing == "smoe":
         mixture = SplitMixture(
-            scenario_width=scenarios * model.width, shared=model.shared_experts, scenarios=scenarios, **shape
+            input_width=model.mixing_width,
+            hidden=hidden,
+            output_width=model.width,
+            scenario_width=scenarios * model.width,
+            shared=model.shared_experts,
+            scenarios=scenarios,
         )
     elif model.mixing == "mmoe":
-        mixture = MultiGateMixture(experts=model.shared_experts + scenarios, scenario_values=scenario_sizes, **shape)
+        mixture = MultiGateMixture(
+            input_width=model.mixing_width,
+            hidden=hidden,
+            output_width=model.width,
+            experts=model.shared_experts + scenarios,
+            scenario_values=scenario_sizes,
+        )
     else:
         # As many hidden units as the active experts of SMoE would have on a dataset with two scenario dimensions.
-        mixture = Expert(**shape | {"hidden": model.expert_hidden * (model.shared_experts + 2)})
+        hidden *= model.shared_experts + 2
+        mixture = Expert(input_width=model.mixing_width, hidden=hidden, output_width=model.width)
     return MultiScenarioMixing(
         crossing=FeatureCrossing(width=model.width, interests=interests, features=features, scenarios=scenarios),
         mixture=mixture,

@@ -6,8 +6,9 @@ pandas 2.3, LensKit 2025.8 pandas 2.3, and both rank users as they were fitted, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import scipy.sparse as sp
@@ -130,9 +131,16 @@ class EASE:
         return self.data.histories(event_index) @ self.weight_NN
 
 
+class Reference(Scorer, Protocol):
+    """A row that was fitted with one setting of a grid."""
+
+    @property
+    def setting(self) -> Mapping[str, float]: ...
+
+
 def _chosen(
-    dataset: PreparedDataset, make: Callable[[float], Scorer], settings: Sequence[float], *, filter_seen: bool
-) -> Scorer:
+    dataset: PreparedDataset, make: Callable[[float], Reference], settings: Sequence[float], *, filter_seen: bool
+) -> Reference:
     """The row whose setting ranks validation targets best."""
     best, best_value = None, -1.0
     for setting in settings:
@@ -154,7 +162,7 @@ def reference_scorers(dataset: PreparedDataset, *, filter_seen: bool) -> tuple[l
         The rows, and notes: which setting validation chose, and what was left out.
     """
     data = Interactions(dataset)
-    grids: list[tuple[Callable[[float], Scorer], Sequence[float]]] = [
+    grids: list[tuple[Callable[[float], Reference], Sequence[float]]] = [
         (lambda days: Popularity(data, days), (7, 30, 90, 100_000)),
         (lambda neighbours: ItemKNN(data, int(neighbours)), NEIGHBOURS),
     ]

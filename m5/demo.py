@@ -38,7 +38,8 @@ def run_demo(folder: Path, *, users: int = 5000, titles: int = 1000, events: int
     generate(out=raw, users=users, titles=titles, events=events, seed=seed)
     stage("prepare: validate, encode text and artwork, pre-train the metagraph's embeddings")
     prepare_all(load(raw / "dataset.yaml"), data, image_weights="random")
-    for name, overrides in ({"m5": []} | CONTROLS).items():
+    runs: dict[str, list[str]] = {"m5": [], **CONTROLS}
+    for name, overrides in runs.items():
         stage(f"train {name}")
         train(load_config("demo", [f"name={name}", f"seed={seed}", *overrides], data, folder / name))
     stage("evaluate on the test period, which training has not seen")

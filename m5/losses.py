@@ -130,6 +130,7 @@ class M5Train(nn.Module):
         scores = self.model(batch)
 
         def playable_rows(rows: slice) -> Tensor:
+            assert self.playable is not None
             return self.playable(batch.rights_PM[rows], batch.timestamp_P[rows], batch.candidate_C[:negatives])
 
         negatives = batch.log_q_C.numel()
@@ -143,15 +144,16 @@ class M5Train(nn.Module):
             precision=self.precision,
         )
         if self.mlm_projection is not None:
-            loss = loss + self.mlm_weight * self._masked_title_loss(batch, scores)
+            loss = loss + self.mlm_weight * self._masked_title_loss(batch, scores, self.mlm_projection)
         return loss, scores
 
-    def _masked_title_loss(self, batch: Batch, scores: Scores) -> Tensor:
+    @staticmethod
+    def _masked_title_loss(batch: Batch, scores: Scores, projection: nn.Linear) -> Tensor:
         """Cross-entropy of the hidden titles against E^ID, on the scale of one loss per request.
 
         It is computed, as zero, for a batch without hidden titles too: ranks must agree on the graph that they train.
         """
         hidden_QD = scores.h_BLD.flatten(0, 1).index_select(0, batch.masked_Q)
-        logits_QC = self.mlm_projection(hidden_QD) @ scores.id_key_CD.T
+        logits_QC = projection(hidden_QD) @ scores.id_key_CD.T
         loss = functional.cross_entropy(logits_QC.float(), batch.masked_place_Q, reduction="sum")
         return loss * (batch.request_P.numel() / max(1, batch.masked_Q.numel()))

@@ -1,4 +1,4 @@
-"""Recommendations for one viewer: a known user, or an ad-hoc history, in a scenario; never a title they may not play."""
+"""Recommendations for one viewer: a known user, or an ad-hoc history, in a scenario; only titles they may play."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@
       content/text.npy              float32 [N, d_text], unit rows
       content/image.npy             float32 [N, d_image], unit rows; a zero row where the artwork is missing
       content/graph.npy             float32 [N, d_graph], GraphSAGE node vectors of the titles, unit rows
-      truth.npz                     synthetic world only: what evaluation's oracle needs (see data_prep.sources.synthetic)
+      truth.npz                     synthetic world only: what evaluation's oracle needs (see m5.oracle)
 
 Every vocabulary keeps index 0 for "unknown or missing"; index i >= 1 is `Field.values[i - 1]`.
 """
@@ -46,6 +46,7 @@ TITLE_COLUMNS = (
     "train_count",  # int64, events in the training period
     "cold",  # bool, no event in the training period
 )
+ContentKind = Literal["text", "image", "graph"]
 ALWAYS = -(2**62)  # a start that lies before every timestamp; an end is `-ALWAYS`
 
 
@@ -179,7 +180,7 @@ class PreparedDataset:
         path = self.folder / "rights.parquet"
         return pd.read_parquet(path) if path.is_file() else None
 
-    def content(self, kind: Literal["text", "image", "graph"]) -> np.ndarray | None:
+    def content(self, kind: ContentKind) -> np.ndarray | None:
         """float32 [N, d], or None where that stage was not run."""
         path = self.folder / "content" / f"{kind}.npy"
         return np.load(path) if path.is_file() else None

@@ -120,6 +120,7 @@ class Trainer:
         eligibility = Eligibility.from_dataset(self.dataset, self.place.device)
 
         def playable(rights_PM: torch.Tensor, timestamp_P: torch.Tensor, title_C: torch.Tensor) -> torch.Tensor:
+            assert eligibility is not None
             return eligibility.mask(rights_PM, timestamp_P).index_select(1, title_C)
 
         config = self.config
@@ -157,7 +158,7 @@ class Trainer:
     def validate(self) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         """Validation metrics, the same on every rank, and the weights, whole, on the first (a collective call)."""
         state = whole_state(self.model, self.place.device)
-        metrics: list[dict[str, float] | None] = [None]
+        metrics: list[dict[str, float]] = [{}]
         if self.place.first:
             self.twin.update(state)
             report = evaluate(

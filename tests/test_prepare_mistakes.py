@@ -102,7 +102,7 @@ def test_missing_files_and_columns_name_close_ones(tmp_path: Path) -> None:
         DataError, match=r"events\.scenario names the column 'regoin'.*Did you mean region.*users table"
     ):
         prepare(with_change("events", "scenario", ["regoin"]), tmp_path / "data")
-    with pytest.raises(DataError, match="neither Parquet .* nor CSV"):
+    with pytest.raises(DataError, match=r"neither Parquet .* nor CSV"):
         (tmp_path / "raw" / "events.xlsx").write_bytes(b"")
         prepare(with_change("events", "path", "events.xlsx"), tmp_path / "data")
     with pytest.raises(DataError, match=r"broken\.parquet cannot be read"):

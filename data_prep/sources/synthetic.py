@@ -15,6 +15,7 @@ Parts: `synthetic_world` (catalogue, rights, probabilities), `synthetic_viewers`
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -237,7 +238,7 @@ def _write_titles(
 def _write_rights(work: Path, world: World, title_ids: np.ndarray) -> None:
     """One row a title and region; two or more plans become a row each unless all plans are covered (null = any)."""
     catalogue = world.catalogue
-    every = catalogue.licensed.all(2)
+    every = np.asarray(catalogue.licensed.all(2))
     title, region = np.nonzero(every)
     some_title, some_region, some_plan = np.nonzero(catalogue.licensed & ~every[:, :, None])
     plan = np.concatenate([np.full(len(title), None), np.array(world.plans, dtype=object)[some_plan]])
@@ -329,7 +330,7 @@ def _event_table(
     completion = column(behaviour.completion)
     runtime = running_seconds(world.catalogue.theme)[title]
 
-    def coded(index: np.ndarray, values: object) -> pa.DictionaryArray:
+    def coded(index: np.ndarray, values: Iterable[str]) -> pa.DictionaryArray:
         return pa.DictionaryArray.from_arrays(pa.array(index.astype(np.int32)), pa.array(list(values)))
 
     return pa.table(

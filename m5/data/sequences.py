@@ -7,6 +7,7 @@ Dimension legend in `m5.batch`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -27,14 +28,15 @@ def age_bucket(seconds: np.ndarray) -> np.ndarray:
     return np.minimum(1 + np.log2(1.0 + np.maximum(seconds, 0)), AGE_BUCKETS - 1).astype(np.int64)
 
 
-class Windows(NamedTuple):
+@dataclass(frozen=True)
+class Windows:
     """int64 arrays of event indices, one row a sequence; see the module's text."""
 
     start: np.ndarray
     last: np.ndarray
     first: np.ndarray
 
-    def __getitem__(self, rows) -> Windows:
+    def __getitem__(self, rows: np.ndarray | slice) -> Windows:
         return Windows(self.start[rows], self.last[rows], self.first[rows])
 
     def __len__(self) -> int:
@@ -269,7 +271,7 @@ class BatchBuilder:
         return rows
 
     def _masked_positions(self, title: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        behaviour = np.flatnonzero(title.flat < self.n_titles)
+        behaviour = np.flatnonzero(title.ravel() < self.n_titles)
         return behaviour[generator.random(len(behaviour)) < self.config.model.mlm_share]
 
     def _negatives(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:

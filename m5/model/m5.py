@@ -97,7 +97,7 @@ class M5(nn.Module):
     def _owned_experts(self, batch: Batch) -> dict[str, list[Tensor]]:
         """Per branch and scenario dimension the experts [U, R, H] of the values that occur in the batch."""
         owned: dict[str, list[Tensor]] = {branch: [] for branch in self.towers}
-        if self.experts is not None:
+        if self.experts is not None and batch.experts is not None:
             rows = self.experts(batch.experts)
             # The batch's order, which is group_PM's: a sharded collection answers in the order of its sharding plan.
             for key in batch.experts.keys():  # noqa: SIM118, a KeyedJaggedTensor is no dict

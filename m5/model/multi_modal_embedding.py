@@ -63,6 +63,8 @@ def sharded_tables(*, n_titles: int, features: dict[str, int], width: int, devic
 class ContentProjection(nn.Module):
     """E^CG: frozen content vectors behind a trained projection, with learned vectors for start and mask."""
 
+    content: Tensor
+
     def __init__(self, *, content_NG: Tensor, width: int, device: torch.device | None = None):
         super().__init__()
         n_titles, content_width = content_NG.shape

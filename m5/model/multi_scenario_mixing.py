@@ -71,7 +71,7 @@ class FeatureCrossing(nn.Module):
     def forward(self, interest_PXD: Tensor, feature_PFD: Tensor, scenario_PMD: Tensor) -> Tensor:
         """[P, X, D], [P, F, D], [P, M, D] -> [P, (X + F + M + crosses) * D]."""
         parts = [interest_PXD, feature_PFD.to(interest_PXD.dtype), scenario_PMD.to(interest_PXD.dtype)]
-        if self.scenario_projection is not None:
+        if self.scenario_projection is not None and self.feature_projection is not None:
             scenario_PD = self.scenario_projection(scenario_PMD.flatten(1))
             parts.append(self.feature_projection(parts[1]) * scenario_PD.unsqueeze(1))
         return torch.cat(parts, dim=1).flatten(1)

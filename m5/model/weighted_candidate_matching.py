@@ -68,8 +68,9 @@ class WeightedCandidateMatching(nn.Module):
         scale = self.log_scale.float().exp()
         if cg_PD is None:
             return Matching(scale[0] * self._branch(id_PD), torch.ones(id_PD.shape[0], device=id_PD.device))
+        assert self.gate_bias is not None, "a model without content branch got a CG vector"
         logit_P1 = self.gate_bias.expand(id_PD.shape[0], 1)
-        if self.gate_hidden is not None:
+        if self.gate_hidden is not None and self.gate_output is not None:
             logit_P1 = logit_P1 + self.gate_output(functional.gelu(self.gate_hidden(crossed_PX)))
         gate_P1 = torch.sigmoid(logit_P1.float())
         query_PQ = torch.cat(
