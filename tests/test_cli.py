@@ -176,7 +176,7 @@ def test_the_demo_leaves_every_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("M5_CACHE", str(tmp_path / "cache"))
-    assert main(shlex.split(f"demo --users 150 --titles 100 --events 2000 --out {tmp_path / 'demo'}")) == 0
+    assert main(shlex.split(f"demo --users 150 --titles 150 --events 1500 --out {tmp_path / 'demo'}")) == 0
     models = json.loads((tmp_path / "demo/evaluation.json").read_text())["models"]
     assert set(models) == {"m5", "m5-id-only", "m5-mlp", "popularity", "item-knn", "ease", "oracle"}
     assert all(0 <= row["overall"]["ndcg@10"] <= row["overall"]["hr@10"] <= 1 for row in models.values())

@@ -11,7 +11,7 @@ owned experts are *rows of a sharded table*, of which a batch looks up, and the 
 that occur; within the batch requests are grouped by value, one matrix product a group.
 
 Controls behind the same interface: `MultiGateMixture` (MMoE: all experts, one gate per scenario value) and
-`ScenarioBlindMixture` (one perceptron).
+a single `Expert` (scenario-blind).
 
 Source: Zhao et al., KDD 2023 (the layer and SMoE by name); internals are our decisions. MMoE: Ma et al., KDD 2018,
 doi 10.1145/3219819.3220007. Dimension legend in `m5.batch`; A active experts, I width of x, H hidden width of an
