@@ -248,7 +248,8 @@ def prepare_dataset(
         manifest = _learn_and_write(preparation, sequences, titles, categories, raw_users, marks, described)
         if spec.truth is not None:
             (folder / "truth.npz").write_bytes(spec.resolve(spec.truth).read_bytes())
-        manifest = keep_content(out, folder, manifest.model_copy(update={"content_hash": content_hash(folder)}))
+        manifest = manifest.model_copy(update={"content_hash": content_hash(folder, manifest)})
+        manifest = keep_content(out, folder, manifest)
         manifest.write(folder)
         replace_folder(folder, out)
     progress(f"{manifest.name}: {manifest.n_events:,} events, {manifest.n_users:,} users, {manifest.n_titles:,} titles")

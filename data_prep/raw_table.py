@@ -24,6 +24,7 @@ INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "
 # A number above this is not in seconds (it would be the year 11476), but in milliseconds (from 1979 on). The bound
 # leaves room for 9999-12-31 in seconds, a common way to write "for ever".
 LARGEST_SECONDS = 3e11
+LARGEST_NUMBER = "1e24"  # nanoseconds of any date fit; so do float32 intensities
 
 
 def quote(name: str) -> str:
@@ -146,9 +147,9 @@ class RawTable:
         return f"CASE WHEN lower({value}) IN ('nan', 'null', 'none') THEN NULL ELSE {value} END"
 
     def number(self, column: str) -> str:
-        """SQL: the value as a double; NULL where missing, not a number or infinite."""
+        """SQL: the value as a double; NULL where missing, not a number, or too large for seconds or float32."""
         value = f"TRY_CAST({self.text(column)} AS DOUBLE)"
-        return f"CASE WHEN isfinite({value}) THEN {value} END"
+        return f"CASE WHEN abs({value}) < {LARGEST_NUMBER} THEN {value} END"
 
     def moment(self, column: str) -> str:
         """SQL: seconds since the epoch (UTC) of a date, a time, or a number in any unit; NULL where unparsable.

@@ -16,12 +16,15 @@ from m5.schema import MANIFEST, DataError, Manifest
 BYTES_PER_READ = 1 << 24
 
 
-def content_hash(folder: Path) -> str:
-    """sha256 of the events' arrays and of the titles, users and rights tables.
+def content_hash(folder: Path, manifest: Manifest) -> str:
+    """sha256 of the events' arrays, of the titles, users and rights tables, and of what their indices stand for.
 
     Of the artwork only the file names count: moving the posters does not make another dataset.
     """
-    digest = hashlib.sha256()
+    meaning = manifest.model_dump_json(
+        include={"categories", "scenarios", "contexts", "user_features", "intensities", "rights_scenarios"}
+    )
+    digest = hashlib.sha256(meaning.encode())
     for path in sorted((folder / "events").glob("*.npy")):
         digest.update(path.name.encode())
         with path.open("rb") as file:

@@ -23,7 +23,7 @@ class Batch:
     """Tensors of one batch; integers are int64 unless said otherwise.
 
     Attributes:
-        sparse: keys `history` [T], `candidates` [C], `intensity_*`/`gap` [T], `user_*`/`scenario_*`/`context_*` [P]
+        sparse: keys `history` [T], `candidates` [C], `intensity_*`/`age` [T], `user_*`/`scenario_*`/`context_*` [P]
             and their row numbers in the sharded tables. One bag per key: only the values are used.
         experts: keys `{id,cg}_<scenario>`; the table rows of the experts owned by the scenario values present. None
             where the mixing layer owns none.

@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from m5.schema import DataError, Manifest
+from m5.schema import ContentKind, DataError, Manifest, PreparedDataset
 
 BEST = "best"
 
@@ -56,7 +56,27 @@ def read_record(run: Path) -> dict:
     path = run / BEST / "checkpoint.json"
     if not path.is_file():
         raise DataError(f"{run} has no checkpoint ({path} is missing): its training has not reached a validation yet.")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise DataError(f"{path} is damaged: it is no JSON. Train again.") from None
+
+
+def content_digest(dataset: PreparedDataset, kinds: tuple[ContentKind, ...]) -> str:
+    """sha256 of the content arrays that a model reads: its weights mean nothing beside others."""
+    digest = hashlib.sha256()
+    for kind in kinds:
+        digest.update((dataset.folder / "content" / f"{kind}.npy").read_bytes())
+    return digest.hexdigest()
+
+
+def refuse_other_content(run: Path, dataset: PreparedDataset, kinds: tuple[ContentKind, ...]) -> None:
+    """Raises DataError where the content vectors are no longer those that RUN was trained on."""
+    if read_record(run)["content"] != content_digest(dataset, kinds):
+        raise DataError(
+            f"{run} was trained on other content vectors than {dataset.folder}/content now holds ({', '.join(kinds)}): "
+            "`m5 encode`, `m5 graph` or `m5 prepare` has written them anew since. Train again."
+        )
 
 
 def load_weights(run: Path, manifest: Manifest) -> dict[str, Tensor]:

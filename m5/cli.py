@@ -256,10 +256,22 @@ def _prepare_globo(options: argparse.Namespace) -> None:
 def _raw_folder(out: Path) -> Iterator[Path]:
     """Where a source writes its common tables; kept, because the prepared dataset points at posters there.
 
-    What a failed first preparation has put there is taken away.
+    What a failed first preparation has put there is taken away. A folder that no preparation made is refused: its
+    files would be overwritten.
     """
+    from data_prep.write import refuse_foreign_folder
+    from m5.schema import DataError
+
+    refuse_foreign_folder(out)
     folder = out.with_name(f"{out.name}-raw")
-    existed = folder.exists()
+    existed, mark = folder.exists(), folder / ".m5-raw"
+    if existed and not mark.is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise DataError(
+            f"{folder} exists and was not written by m5, so it is not overwritten. Choose another --out: the source's "
+            "tables go to a folder of that name with -raw behind it."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
     try:
         yield folder
     except BaseException:

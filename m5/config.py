@@ -13,6 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PRESETS = Path(__file__).parent / "configs"
+SECTIONS = ("model", "candidates", "sequences", "optimizer", "training")
+GIVEN_ELSEWHERE = ("preset", "data", "out")  # by --preset, --data and --out
 
 
 class ConfigError(ValueError):
@@ -99,7 +101,9 @@ class TrainingConfig(_Section):
     )
     validation_targets: int | None = Field(10_000, ge=1, description="Random part of the validation targets, fixed.")
     filter_seen: bool = Field(True, description="Whether evaluation leaves out titles that the viewer has watched.")
-    threads: int | None = Field(None, ge=1, description="CPU threads per rank; none: all cores / local ranks.")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads per rank; none: OMP_NUM_THREADS, or all cores / local ranks."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one.")
     autocast: bool = Field(False, description="bfloat16 for the dense part; the loss stays in float32.")
     log_every: int = Field(20, ge=1, description="Steps between lines of metrics.jsonl.")
@@ -125,7 +129,24 @@ class RunConfig(_Section):
             raise ValueError("model.attention=bidirectional sees the future, so it needs sequences.requests=1")
         if self.sequences.requests > self.sequences.history:
             raise ValueError("sequences.requests may be at most sequences.history")
+        self._refuse_settings_without_effect()
         return self
+
+    def _refuse_settings_without_effect(self) -> None:
+        """A setting that was changed from its default, and that another setting switches off, is a mistake."""
+        smoe = self.model.mixing == "smoe"
+        effective = {
+            ("candidates", "count"): (self.candidates.kind == "sampled", "candidates.kind=sampled"),
+            ("candidates", "power"): (self.candidates.kind == "sampled", "candidates.kind=sampled"),
+            ("model", "mlm_share"): (self.model.mlm_weight > 0, "model.mlm_weight above 0"),
+            ("optimizer", "expert_lr"): (smoe, "model.mixing=smoe"),
+            ("optimizer", "final_lr"): (self.optimizer.schedule == "cosine", "optimizer.schedule=cosine"),
+        }
+        for (section, name), (has_effect, condition) in effective.items():
+            part = getattr(self, section)
+            default = type(part).model_fields[name].default
+            if not has_effect and getattr(part, name) != default:
+                raise ValueError(f"{section}.{name} has an effect only with {condition}")
 
     def write(self, path: Path) -> None:
         path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
@@ -134,7 +155,22 @@ class RunConfig(_Section):
     def read(cls, path: Path) -> RunConfig:
         if not path.is_file():
             raise ConfigError(f"{path} does not exist: {path.parent} is not a run of `m5 train`.")
-        return _validated(yaml.safe_load(path.read_text()), str(path))
+        return _validated(_read_yaml(path), str(path))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that is a mapping of settings.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(name, {}), dict) for name in SECTIONS):
+        raise ConfigError(f"{path}: expected settings by section, e.g. `model:` and below it `width: 128`.")
+    return settings
 
 
 def _validated(settings: dict[str, Any], where: str) -> RunConfig:
@@ -148,13 +184,13 @@ def _validated(settings: dict[str, Any], where: str) -> RunConfig:
 
 
 def setting_names(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Dotted names of every setting, e.g. `model.width`."""
-    names = []
+    """Dotted names of every setting that an override may change, e.g. `model.width`."""
+    names: list[str] = []
     for name, field in section.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             names += setting_names(kind, f"{prefix}{name}.")
-        else:
+        elif prefix + name not in GIVEN_ELSEWHERE:
             names.append(prefix + name)
     return names
 
@@ -171,7 +207,10 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     for section in sections:
         settings = settings.setdefault(section, {})
-    settings[last] = yaml.safe_load(text)
+    try:
+        settings[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override '{override}': '{text}' is not a value, e.g. 128, true, word or [a, b].") from None
 
 
 def load_config(preset: str, overrides: list[str], data: Path, out: Path) -> RunConfig:
@@ -184,7 +223,9 @@ def load_config(preset: str, overrides: list[str], data: Path, out: Path) -> Run
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
         raise ConfigError(f"there is no preset '{preset}'. Presets: {known}; or give a YAML file.")
-    settings: dict[str, Any] = yaml.safe_load(path.read_text()) or {}
+    settings = _read_yaml(path)
+    if stated := [name for name in ("data", "out") if name in settings]:
+        raise ConfigError(f"{path} sets {' and '.join(stated)}; give --data and --out instead.")
     settings |= {"data": str(data), "out": str(out)}
     settings.setdefault("preset", path.stem)
     for override in overrides:

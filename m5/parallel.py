@@ -23,7 +23,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from m5.assemble import initial_rows
-from m5.config import RunConfig
+from m5.config import ConfigError, RunConfig
 from m5.losses import M5Train
 
 EXPERT_TABLES = "experts_"
@@ -51,6 +51,8 @@ def world(device: str) -> Iterator[World]:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("training.device=cuda, but torch finds no CUDA device. `m5 doctor` says what it does find.")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     target = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     if target.type == "cuda":

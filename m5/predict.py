@@ -11,7 +11,7 @@ from torch import Tensor
 
 from m5.assemble import build_model
 from m5.batch import Batch
-from m5.checkpoint import load_weights
+from m5.checkpoint import load_weights, refuse_other_content
 from m5.config import RunConfig
 from m5.data.sequences import BatchBuilder
 from m5.model.m5 import M5, Scores
@@ -46,8 +46,10 @@ class Predictor:
         config = RunConfig.read(Path(run) / "config.yaml")
         dataset = PreparedDataset(config.data)
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        weights = load_weights(Path(run), dataset.manifest)
+        refuse_other_content(Path(run), dataset, config.model.content)
         model = build_model(dataset, config)
-        model.load_state_dict(load_weights(Path(run), dataset.manifest))
+        model.load_state_dict(weights)
         return cls(model.to(target), BatchBuilder(dataset, config), config, target)
 
     def update(self, state: dict[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from m5.data.sequences import Behaviours, age_bucket
@@ -132,7 +133,10 @@ def scenario_indices(dataset: PreparedDataset, scenario: dict[str, str]) -> dict
             )
         if value not in known[name].values:
             shown = ", ".join(known[name].values[:20])
-            raise DataError(f"--scenario {name}={value}: unknown value; known are {shown}.")
+            raise DataError(
+                f"--scenario {name}={value}: not seen in the training period; known are {shown}. Leave {name} out to "
+                "ask for a viewer whose value is unknown."
+            )
         indices[name] = known[name].index(value)
     return indices
 
@@ -217,11 +221,17 @@ def print_viewer(predictor: Predictor, viewer: Viewer, *, k: int, filter_seen: b
     console = Console()
     watched = "; ".join(dataset.titles["title"].iloc[viewer.title[-5:]]) or "nothing yet"
     console.print(f"Last watched: {watched}", markup=False, highlight=False)
-    table = Table(title=f"Recommended{f' ({place})' if place else ''}", title_justify="left")
+    table = Table(title=escape(f"Recommended{f' ({place})' if place else ''}"), title_justify="left")
     for column in ("#", "id", "title", "category", "score"):
         table.add_column(column, justify="right" if column in "#score" else "left")
-    for rank, item in enumerate(recommend_titles(predictor, viewer, k=k, filter_seen=filter_seen), start=1):
-        table.add_row(
-            str(rank), item.title_id, item.title + (" (new)" if item.cold else ""), item.category, f"{item.score:.3f}"
-        )
+    titles = recommend_titles(predictor, viewer, k=k, filter_seen=filter_seen)
+    for rank, item in enumerate(titles, start=1):
+        name = item.title + (" (new)" if item.cold else "")
+        table.add_row(str(rank), escape(item.title_id), escape(name), escape(item.category), f"{item.score:.3f}")
     console.print(table)
+    if not titles:
+        console.print(
+            "This viewer may play no title that they have not watched. Where region or plan is unknown, only rights "
+            "that hold for any value apply: give them with --scenario.",
+            highlight=False,
+        )

@@ -16,10 +16,12 @@
       events/context_<name>.npy     int32 [T], vocabulary index (0 = unknown), e.g. device
       content/text.npy              float32 [N, d_text], unit rows
       content/image.npy             float32 [N, d_image], unit rows; a zero row where the artwork is missing
-      content/graph.npy             float32 [N, d_graph], GraphSAGE node vectors of the titles, unit rows
+      content/graph.npy             float32 [N, d_graph], GraphSAGE vectors beside the features' components, unit
+                                    rows
+      metagraph.npz                 the metagraph's CSR arrays (see data_prep.metagraph)
       truth.npz                     synthetic world only: what evaluation's oracle needs (see m5.oracle)
 
-Every vocabulary keeps index 0 for "unknown or missing"; index i >= 1 is `Field.values[i - 1]`.
+Every vocabulary keeps index 0 for "unknown or missing"; index i >= 1 is `Vocabulary.values[i - 1]`.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class Vocabulary(_Record):
 
 
 class Intensity(_Record):
-    """A watch-intensity column, bucketed by boundaries that are quantiles of the training events.
+    """A watch-intensity column in buckets; boundaries are quantiles of the training events, or part its few values.
 
     Bucket 0 = missing; a value v has bucket 1 + (number of boundaries <= v).
     """
@@ -132,7 +134,9 @@ class Manifest(_Record):
     metadata: tuple[str, ...] = ()
     rights_scenarios: tuple[str, ...] | None = Field(None, description="Scenario names in rights.parquet, or none.")
     encoders: dict[str, Encoder] = Field(default_factory=dict, description="text, image, graph")
-    content_hash: str = Field("", description="sha256 of events, titles and users: the dataset's identity.")
+    content_hash: str = Field(
+        "", description="sha256 of events, titles, users, rights and vocabularies: the dataset's identity."
+    )
     notes: tuple[str, ...] = Field((), description="Warnings of the preparation, kept for the reader of results.")
 
     @classmethod
@@ -140,13 +144,19 @@ class Manifest(_Record):
         path = Path(folder) / MANIFEST
         if not path.is_file():
             raise DataError(f"{folder} is not a prepared dataset: it has no {MANIFEST}. Make one with `m5 prepare`.")
-        record = json.loads(path.read_text())
+        try:
+            record = json.loads(path.read_text())
+        except ValueError:
+            raise DataError(f"{path} is damaged: it is no JSON. Run `m5 prepare` again.") from None
         if record.get("schema_version") != SCHEMA_VERSION:
             raise DataError(
                 f"{path}: schema version {record.get('schema_version')}, but this program reads {SCHEMA_VERSION}. "
                 "Run `m5 prepare` again."
             )
-        return cls.model_validate(record)
+        try:
+            return cls.model_validate(record)
+        except ValueError as error:
+            raise DataError(f"{path} is damaged ({str(error).splitlines()[0]}). Run `m5 prepare` again.") from None
 
     def write(self, folder: Path) -> None:
         (Path(folder) / MANIFEST).write_text(json.dumps(self.model_dump(), indent=1))

@@ -18,7 +18,7 @@ from torch import nn
 
 from m5.assemble import build_model
 from m5.batch import Batch
-from m5.checkpoint import BEST, save_weights
+from m5.checkpoint import BEST, content_digest, save_weights
 from m5.config import ConfigError, RunConfig
 from m5.data.loader import Loader
 from m5.data.sequences import BatchBuilder
@@ -50,8 +50,8 @@ def train(config: RunConfig) -> dict[str, float]:
     Raises:
         DataError, ConfigError: data or settings that cannot be trained on.
     """
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(config.training.threads or max(1, (os.cpu_count() or 1) // local_ranks))
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(config.training.threads or int(os.environ.get("OMP_NUM_THREADS", max(1, share))))
     with world(config.training.device) as place:
         return Trainer(config, place).run()
 
@@ -193,7 +193,10 @@ class Trainer:
                 for batch in loader:
                     loss, targets, scores = self.step(batch, schedule.factor(step, time.monotonic() - began))
                     if not math.isfinite(loss):
-                        raise FloatingPointError(f"loss is {loss} at step {step}, epoch {epoch}")
+                        raise ConfigError(
+                            f"training diverged: the loss is {loss} at step {step} of epoch {epoch + 1}. Lower "
+                            "optimizer.lr, optimizer.table_lr or optimizer.expert_lr."
+                        )
                     step += 1
                     log.step(step, epoch, loss, targets)
                     # once in a while: metrics, the clock
@@ -209,14 +212,20 @@ class Trainer:
                     stale = 0 if improved else stale + 1
                     if improved:
                         best = metrics
-                        record = {"step": step, "epoch": epoch, "valid": metrics, "seconds": time.monotonic() - began}
-                        if place.first:
-                            save_weights(config.out, state, self.dataset.manifest, record)
+                        self._keep(
+                            state, {"step": step, "epoch": epoch, "valid": metrics, "seconds": time.monotonic() - began}
+                        )
                     log.validation(step, epoch, metrics, improved)
                 if last or stale >= config.training.patience:
                     break
         dist.barrier()
         return best
+
+    def _keep(self, state: dict[str, torch.Tensor], record: dict) -> None:
+        """Make these weights RUN/best; they are whole on the first rank only."""
+        if self.place.first:
+            record["content"] = content_digest(self.dataset, self.config.model.content)
+            save_weights(self.config.out, state, self.dataset.manifest, record)
 
     def _out_of_time(self, began: float) -> bool:
         """Whether the first rank's clock has passed `max_minutes`; all ranks stop together."""

@@ -19,6 +19,7 @@ import os
 import shutil
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 import duckdb
@@ -119,6 +120,8 @@ def _extract(path: Path, work: Path) -> tuple[Path, str]:
     folder = work / "official"
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path) as archive:
+        if damaged := _damaged_member(archive):
+            raise DataError(f"{path}: its member {damaged} is damaged. Download the archive again.")
         members = {PurePosixPath(name).name: name for name in archive.namelist() if not name.endswith("/")}
         for name, others in LAYOUTS.items():
             if name in members:
@@ -128,6 +131,14 @@ def _extract(path: Path, work: Path) -> tuple[Path, str]:
                             shutil.copyfileobj(source, target, 1 << 22)
                 return folder, name
     raise DataError(f"{path} holds none of {', '.join(LAYOUTS)}: it is not a MovieLens zip.")
+
+
+def _damaged_member(archive: zipfile.ZipFile) -> str | None:
+    """Name of the first member that cannot be read whole, or None."""
+    try:
+        return archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        return str(error)
 
 
 def _need(folder: Path, name: str) -> Path:
@@ -189,8 +200,16 @@ def _write_users(folder: Path, ratings: str, out: Path) -> bool:
         return False
     frame = _split_lines(path, separator, names)
     if separator == "::":
-        frame["occupation"] = [OCCUPATIONS_1M[int(code)] for code in frame["occupation"]]
-    frame["age_band"] = pd.cut(frame["age"].astype(int), AGE_EDGES, right=False, labels=AGE_BANDS).astype(str)
+        names_by_code = dict(enumerate(OCCUPATIONS_1M))
+        frame["occupation"] = pd.to_numeric(frame["occupation"], errors="coerce").map(names_by_code)
+    age = pd.to_numeric(frame["age"], errors="coerce")
+    broken = age.isna() | frame["occupation"].isna()
+    if broken.any():
+        raise DataError(
+            f"{path}: {int(broken.sum())} rows have an age or occupation that is none of the official codes, for "
+            f"example user {frame['user_id'][broken].iloc[0]}. Give GroupLens's own file."
+        )
+    frame["age_band"] = pd.cut(age.astype(int), AGE_EDGES, right=False, labels=AGE_BANDS).astype(str)
     american = frame["zip"].str.match(r"^\d{5}") & ~frame["zip"].str.match(NOT_A_STATE)
     frame["region"] = frame["zip"].str[0].map(REGIONS).where(american)
     frame[["user_id", "gender", "age_band", "occupation", "region"]].to_parquet(out, index=False)
@@ -223,7 +242,10 @@ def _join_metadata(movies: pd.DataFrame, path: Path) -> pd.DataFrame:
     """Add the columns of a titles table: description, the metadata kinds it has, and year."""
     if not path.is_file():
         raise DataError(f"--titles {path} does not exist. Give a Parquet table with one row a movie.")
-    extra = pd.read_parquet(path)
+    try:
+        extra = pd.read_parquet(path)
+    except (ValueError, OSError) as error:
+        raise DataError(f"--titles {path} is no Parquet table ({str(error).splitlines()[0]}).") from None
     key = next((name for name in ID_COLUMNS if name in extra), None)
     if key is None:
         raise DataError(

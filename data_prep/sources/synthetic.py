@@ -91,7 +91,10 @@ def generate(
         DataError: a size is out of range.
     """
     _check(users, titles, events, regions, plans)
+    if seed < 0:
+        raise DataError(f"--seed {seed}: a seed is zero or more.")
     out = Path(out)
+    _refuse_foreign_folder(out)
     work = out.with_name(out.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -111,6 +114,16 @@ def generate(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return out / "dataset.yaml"
+
+
+def _refuse_foreign_folder(out: Path) -> None:
+    """Raises DataError where `out` holds something else than a synthetic world: it would be replaced."""
+    world = (out / "truth.npz").is_file() and (out / "dataset.yaml").is_file()
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not world):
+        raise DataError(
+            f"{out} exists and is not a synthetic world (it has no truth.npz), so it is not overwritten. Choose "
+            "another folder for --out, or remove it."
+        )
 
 
 def _check(users: int, titles: int, events: int, regions: int, plans: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
 """Multi-interest extraction layer (paper: "multi-interest extraction layer"), one per branch.
 
-    d_i       = W [e_i ; s_i]                      subsidiary decoration
+    d_i       = e_i + W [e_i ; s_i]                subsidiary decoration
     h         = Transformer(d)   (ID branch)       self-attention interest extraction
     h         = d                (CG branch)       identity mapping: the pre-trained space is kept
     a_i       = A(s)_i                             intensity, recomputed from the relations within the sequence
