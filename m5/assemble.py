@@ -39,8 +39,8 @@ def content_vectors(dataset: PreparedDataset, kinds: tuple[ContentKind, ...]) ->
             command = "graph" if kind == "graph" else "encode"
             raise DataError(
                 f"{dataset.folder}/content/{kind}.npy is missing, but model.content asks for '{kind}'. If the titles "
-                f"have descriptions, artwork or metadata, run `m5 {command} {dataset.folder}`; if they have none, train "
-                "without a content branch: model.content=[]."
+                f"have descriptions, artwork or metadata, run `m5 {command} {dataset.folder}`; if they have none, "
+                "train without a content branch: model.content=[]."
             )
         arrays.append(array)
     return torch.from_numpy(np.concatenate(arrays, axis=1)).float() if arrays else None
