@@ -300,7 +300,8 @@ def test_impossible_sizes_are_refused(tmp_path: Path, size: dict, word: str) -> 
 
 def test_failure_leaves_the_old_world_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "RAW").mkdir()
-    (tmp_path / "RAW" / "mine.txt").write_text("kept")
+    for name in ("mine.txt", "truth.npz", "dataset.yaml"):  # an earlier world, which may be replaced
+        (tmp_path / "RAW" / name).write_text("kept")
 
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
