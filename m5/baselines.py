@@ -31,11 +31,10 @@ class Interactions:
 
     def __init__(self, dataset: PreparedDataset):
         self.dataset = dataset
-        self.offsets = dataset.offsets
         self.title = np.asarray(dataset.event_array("title"), dtype=np.int64)
         self.timestamp = np.asarray(dataset.event_array("timestamp"))
         self.train = np.flatnonzero(np.asarray(dataset.event_array("split")) == TRAIN)
-        user = np.searchsorted(self.offsets, self.train, side="right") - 1
+        user = dataset.user_of(self.train)
         shape = (dataset.manifest.n_users, dataset.manifest.n_titles)
         matrix = sp.coo_matrix((np.ones(len(user), np.float32), (user, self.title[self.train])), shape).tocsr()
         matrix.data[:] = 1.0  # a repeated watch counts once
@@ -68,12 +67,9 @@ class Interactions:
 
     def histories(self, event_index: np.ndarray) -> sp.csr_matrix:
         """float32 [B, N], 1 where the user of a target event had watched the title before it."""
-        start = self.offsets[np.searchsorted(self.offsets, event_index, side="right") - 1]
-        count = event_index - start
-        place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(start, count)
-        row = np.repeat(np.arange(len(count)), count)
+        row, title = self.dataset.watched_before(event_index)
         shape = (len(event_index), self.dataset.manifest.n_titles)
-        matrix = sp.coo_matrix((np.ones(len(row), np.float32), (row, self.title[place])), shape).tocsr()
+        matrix = sp.coo_matrix((np.ones(len(row), np.float32), (row, title)), shape).tocsr()
         matrix.data[:] = 1.0
         return matrix
 

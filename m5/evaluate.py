@@ -92,17 +92,8 @@ def select_requests(
             f"{dataset.folder}: none of the {len(event):,} {split} targets may be played by its viewer at that time: "
             "there is nothing to evaluate. Compare rights.parquet and the titles' release dates with the events."
         )
-    user = np.searchsorted(dataset.offsets, event, side="right") - 1
+    user = dataset.user_of(event)
     return Requests(event[keep], user[keep], target[keep], timestamp[keep], scenario[keep], int(len(keep) - keep.sum()))
-
-
-def seen_titles(dataset: PreparedDataset, requests: Requests, part: slice) -> tuple[np.ndarray, np.ndarray]:
-    """(row, title) of everything the viewers of these requests had watched before."""
-    start, stop = dataset.offsets[requests.user[part]], requests.event[part]
-    count = stop - start
-    row = np.repeat(np.arange(len(count)), count)
-    place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(start, count)
-    return row, np.asarray(dataset.event_array("title")[place], dtype=np.int64)
 
 
 class Shown:
@@ -188,7 +179,7 @@ def candidates(
             torch.from_numpy(requests.scenario[part]), torch.from_numpy(requests.timestamp[part])
         )
     if filter_seen:
-        row, title = seen_titles(dataset, requests, part)
+        row, title = dataset.watched_before(requests.event[part])
         allowed_BN[torch.from_numpy(row), torch.from_numpy(title)] = False
     return allowed_BN.scatter_(1, target_B.unsqueeze(-1), True)
 

@@ -53,7 +53,7 @@ class OracleScorer:
         with np.load(path) as archive:
             self.truth = {name: archive[name] for name in archive.files}
         self.offsets = np.asarray(dataset.offsets)
-        self.title = dataset.event_array("title")
+        self.dataset = dataset
         self.timestamp = dataset.event_array("timestamp")
         self.user = _rows(self.truth["user_id"], dataset.users["user_id"], f"{path}: users")
         self.column = _rows(self.truth["title_id"], dataset.titles["title_id"], f"{path}: titles")
@@ -91,7 +91,7 @@ class OracleScorer:
     def interest_probability(self, event_index: np.ndarray, cell: tuple[np.ndarray, ...]) -> np.ndarray:
         """float64 [B, G]: probability of the theme that an event draws from, before seen titles are ruled out."""
         truth, row = self.truth, np.arange(len(event_index))
-        user_row = np.searchsorted(self.offsets, event_index, side="right") - 1
+        user_row = self.dataset.user_of(event_index)
         user = self.user[user_row]
         previous = truth["previous"][truth["offset"][user] + event_index - self.offsets[user_row]]
         theme = truth["interest_theme"][user]
@@ -117,11 +117,7 @@ class OracleScorer:
         cell = self.cell(events)
         theme = self.interest_probability(events, cell)[:, self.truth["title_theme"]]
         probability = (self.truth["title_probability"][cell] * theme)[:, self.column]
-        first = self.offsets[np.searchsorted(self.offsets, events, side="right") - 1]
-        seen = np.arange((events - first).max(initial=0))
-        before = first[:, None] + seen
-        row, place = np.nonzero(before < events[:, None])
-        probability[row, self.title[before[row, place]]] = 0.0
+        probability[self.dataset.watched_before(events)] = 0.0
         total = probability.sum(1, keepdims=True)
         return np.divide(probability, total, out=np.zeros_like(probability), where=total > 0).astype(np.float32)
 

@@ -177,6 +177,18 @@ class PreparedDataset:
     def offsets(self) -> np.ndarray:
         return np.load(self.folder / "events" / "offsets.npy")
 
+    def user_of(self, event: np.ndarray) -> np.ndarray:
+        """int64 [B] places in `events/*.npy` -> int64 [B] users that own them."""
+        return np.searchsorted(self.offsets, event, side="right") - 1
+
+    def watched_before(self, event: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [B] places in `events/*.npy` -> (row in 0..B-1, title) of all that their users had watched earlier."""
+        start = self.offsets[self.user_of(event)]
+        count = event - start
+        row = np.repeat(np.arange(len(count)), count)
+        place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(start, count)
+        return row, np.asarray(self.event_array("title")[place], dtype=np.int64)
+
     @cached_property
     def titles(self) -> pd.DataFrame:
         return pd.read_parquet(self.folder / "titles.parquet")

@@ -112,7 +112,7 @@ class BatchBuilder:
 
     def windows_before(self, event: np.ndarray) -> Windows:
         """One window per target event: as much history as the model reads, one request."""
-        user = np.searchsorted(self.dataset.offsets, event, side="right") - 1
+        user = self.dataset.user_of(event)
         start = np.maximum(self.dataset.offsets[user], event - self.config.sequences.history)
         return Windows(start, event, event)
 
@@ -137,7 +137,7 @@ class BatchBuilder:
         event_BL = windows.start[:, None] + position
         row, column = np.nonzero((event_BL >= windows.first[:, None]) & (event_BL <= windows.last[:, None]))
         event = event_BL[row, column]
-        user = np.searchsorted(self.dataset.offsets, windows.last, side="right")[row] - 1
+        user = self.dataset.user_of(windows.last)[row]
         return Requests(
             position=row * columns + column,
             target=self.title[event].astype(np.int64),
