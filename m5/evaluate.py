@@ -291,7 +291,7 @@ def evaluate_run(
         DataError: no checkpoint, a row of another dataset, or `json_path` holds something else than a report.
     """
     from m5.baselines import reference_scorers
-    from m5.checkpoint import read_record
+    from m5.best import read_record
     from m5.evaluation_report import print_report
     from m5.predict import Predictor
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from m5.assemble import build_model
 from m5.batch import Batch
-from m5.checkpoint import load_weights, refuse_other_content
+from m5.best import load_weights, refuse_other_content
 from m5.config import RunConfig
 from m5.data.sequences import BatchBuilder
 from m5.model.m5 import M5, Scores

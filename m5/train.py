@@ -18,7 +18,7 @@ from torch import nn
 
 from m5.assemble import build_model
 from m5.batch import Batch
-from m5.checkpoint import BEST, content_digest, save_weights
+from m5.best import BEST, content_digest, save_weights
 from m5.config import ConfigError, RunConfig
 from m5.data.loader import Loader
 from m5.data.sequences import BatchBuilder

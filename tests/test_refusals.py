@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from m5.checkpoint import read_record
+from m5.best import read_record
 from m5.cli import main
 from m5.config import ConfigError, load_config
 from m5.predict import Predictor

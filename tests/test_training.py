@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from m5 import checkpoint
-from m5.checkpoint import load_weights, read_record, save_weights
+from m5 import best
+from m5.best import load_weights, read_record, save_weights
 from m5.config import ConfigError, RunConfig, load_config
 from m5.data.loader import Loader
 from m5.data.sequences import Windows
@@ -231,7 +231,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_previous_one(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(best, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_weights(tmp_path, state, manifest, {"step": 2})
     assert read_record(tmp_path)["step"] == 1
