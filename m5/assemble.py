@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -59,24 +60,51 @@ def table_sizes(dataset: PreparedDataset, config: RunConfig) -> dict[str, int]:
     return sizes | {f"scenario_{v.name}": v.size for v in manifest.scenarios if v.name in visible}
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What of a dataset decides the model's sizes.
+
+    Attributes:
+        n_titles: N.
+        categories: K of the dataset, unknown included.
+        tables: rows of every feature table, by its key in `Batch.sparse`; the order is the model's.
+        content_NG: float32 content vectors, None without content branch. On device `meta` where only sizes matter.
+    """
+
+    n_titles: int
+    categories: int
+    tables: dict[str, int]
+    content_NG: Tensor | None
+
+    @classmethod
+    def of(cls, dataset: PreparedDataset, config: RunConfig) -> Inputs:
+        """Raises DataError where a content array that the configuration asks for is missing."""
+        manifest = dataset.manifest
+        content_NG = content_vectors(dataset, config.model.content)
+        return cls(manifest.n_titles, manifest.categories.size, table_sizes(dataset, config), content_NG)
+
+
 def build_model(dataset: PreparedDataset, config: RunConfig, *, table_device: torch.device | str = "cpu") -> M5:
-    """The model of `config` for `dataset`, dense part initialised from `config.seed`.
+    """The model of `config` for `dataset`; `assemble` says the rest."""
+    return assemble(Inputs.of(dataset, config), config, table_device=table_device)
+
+
+def assemble(inputs: Inputs, config: RunConfig, *, table_device: torch.device | str = "cpu") -> M5:
+    """The model of `config` for a dataset of these sizes, dense part initialised from `config.seed`.
 
     Args:
         table_device: where the TorchRec collections are created; `meta` leaves them to be sharded, `cpu` or `cuda`
-            makes ordinary ones (for evaluation and export).
+            makes ordinary ones (for evaluation and export). Under `torch.device("meta")` nothing at all is allocated.
     """
-    model, manifest = config.model, dataset.manifest
-    sizes = table_sizes(dataset, config)
+    model, sizes, content_NG = config.model, inputs.tables, inputs.content_NG
     subsidiary = tuple(key for key in sizes if key.startswith(("age", "intensity_")))
     features = tuple(key for key in sizes if key.startswith(("user_", "context_")))
     scenarios = tuple(key for key in sizes if key.startswith("scenario_"))
-    content_NG = content_vectors(dataset, model.content)
     device = torch.device(table_device)
     torch.manual_seed(config.seed)
 
     def tower(branch: str) -> Tower:
-        categories = manifest.categories.size if model.categories else 1
+        categories = inputs.categories if model.categories else 1
         return Tower(
             extraction=MultiInterestExtraction(
                 width=model.width,
@@ -96,8 +124,8 @@ def build_model(dataset: PreparedDataset, config: RunConfig, *, table_device: to
     shape = {"input_width": model.mixing_width, "output_width": model.width}
     gate_crossing = FeatureCrossing(width=model.width, interests=0, features=len(features), scenarios=len(scenarios))
     m5 = M5(
+        tables=sharded_tables(n_titles=inputs.n_titles, features=sizes, width=model.width, device=device),
         embedding=MultiModalEmbedding(
-            tables=sharded_tables(n_titles=manifest.n_titles, features=sizes, width=model.width, device=device),
             content=ContentProjection(content_NG=content_NG, width=model.width) if content_NG is not None else None,
             subsidiary=subsidiary,
             features=features,

@@ -79,9 +79,9 @@ def distribute(model: M5Train, config: RunConfig, world: World) -> DistributedMo
     CPU every table is sharded row-wise; on CUDA the planner chooses.
     """
     experts = model.model.experts
-    tables = list(model.model.embedding.tables.parameters())
+    tables = list(model.model.tables.parameters())
     apply_optimizer_in_backward(RowWiseAdagrad, tables, {"lr": config.optimizer.table_lr})
-    names = [table.name for table in model.model.embedding.tables.embedding_configs()]
+    names = [table.name for table in model.model.tables.embedding_configs()]
     if experts is not None:
         apply_optimizer_in_backward(RowWiseAdagrad, list(experts.parameters()), {"lr": config.optimizer.expert_lr})
         names += [table.name for table in experts.embedding_configs()]

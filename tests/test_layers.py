@@ -315,14 +315,12 @@ def test_embedding_layer_places_every_row(tmp_path: Path) -> None:
     """The jagged look-up against one look-up per position, feature and candidate."""
     dataset = write_world(tmp_path / "data")
     config = tiny_config(tmp_path / "data", tmp_path / "run")
-    builder, layer = (
-        BatchBuilder(dataset, config),
-        build_model(dataset, config).embedding.eval(),
-    )
+    builder, model = BatchBuilder(dataset, config), build_model(dataset, config).eval()
+    layer = model.embedding
     targets = dataset.offsets[1:][2:8] - 1
     batch = builder.build(builder.windows_before(targets), None)
-    embedded = layer(batch)
-    rows = {name.split(".")[1]: weight for name, weight in layer.tables.state_dict().items()}
+    embedded = layer(model.tables(batch.sparse), batch)
+    rows = {name.split(".")[1]: weight for name, weight in model.tables.state_dict().items()}
     n_titles, cold = dataset.manifest.n_titles, dataset.titles["cold"].to_numpy()
     seconds = dataset.manifest.intensities[0].bucket(dataset.event_array("intensity_seconds"))
     for b, target in enumerate(targets):

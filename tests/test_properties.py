@@ -206,7 +206,7 @@ def test_latest_time_is_now() -> None:
 
 def test_a_cold_titles_key_does_not_read_its_id_row() -> None:
     answering = predictor("causal")
-    table = dict(answering.model.embedding.tables.named_parameters())["embeddings.title.weight"]
+    table = dict(answering.model.tables.named_parameters())["embeddings.title.weight"]
     cold = torch.from_numpy(answering.builder.cold)
     keys, saved = answering.key_NQ.clone(), table.detach().clone()
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_a_dropped_titles_key_and_gradient_do_not_touch_its_id_row() -> None:
     builder, model = answering.builder, answering.model
     windows = builder.windows_before(np.arange(5, 12))
     batch = builder.build(windows, np.random.default_rng(0))
-    table = dict(model.embedding.tables.named_parameters())["embeddings.title.weight"]
+    table = dict(model.tables.named_parameters())["embeddings.title.weight"]
     table.grad = None
     scores = model(batch)
     (scores.key_CQ.square() @ torch.arange(1.0, scores.key_CQ.shape[1] + 1)).sum().backward()

@@ -67,7 +67,11 @@ class Tower(nn.Module):
 class M5(nn.Module):
     """The bare model, without loss: this is what is evaluated and exported.
 
+    The sharded collections are direct children, and `forward` hands them fields of the batch as they are: that is what
+    TorchRec's pipeline needs to distribute the next batch's input while this one is computed.
+
     Args:
+        tables: the sharded tables of titles and features.
         embedding: the multi-modal embedding layer.
         experts: the sharded tables of the experts that scenario values own, or None.
         expert_shape: (R, H) of one of those experts.
@@ -79,6 +83,7 @@ class M5(nn.Module):
     def __init__(
         self,
         *,
+        tables: EmbeddingCollection,
         embedding: MultiModalEmbedding,
         experts: EmbeddingCollection | None,
         expert_shape: tuple[int, int],
@@ -87,9 +92,13 @@ class M5(nn.Module):
         matching: WeightedCandidateMatching,
     ):
         super().__init__()
+        self.tables = tables
         self.embedding = embedding
         self.experts = experts
         self.expert_shape = expert_shape
+        # The order of a batch's keys, which is group_PM's: a sharded collection answers in the order of its plan.
+        owned = experts.embedding_configs() if experts is not None else ()
+        self.expert_keys = [name for table in owned for name in table.feature_names]
         self.towers = nn.ModuleDict(towers)
         self.gate_crossing = gate_crossing
         self.matching = matching
@@ -99,14 +108,13 @@ class M5(nn.Module):
         owned: dict[str, list[Tensor]] = {branch: [] for branch in self.towers}
         if self.experts is not None and batch.experts is not None:
             rows = self.experts(batch.experts)
-            # The batch's order, which is group_PM's: a sharded collection answers in the order of its sharding plan.
-            for key in batch.experts.keys():  # noqa: SIM118, a KeyedJaggedTensor is no dict
+            for key in self.expert_keys:
                 owned[key.split("_")[0]].append(rows[key].values().view(-1, *self.expert_shape))
         return owned
 
     def forward(self, batch: Batch) -> Scores:
         """Batch -> Scores."""
-        embedded = self.embedding(batch)
+        embedded = self.embedding(self.tables(batch.sparse), batch)
         owned = self._owned_experts(batch)
         outputs = {
             branch: tower(e_BLD, embedded, owned[branch], batch)

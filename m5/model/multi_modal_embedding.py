@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchrec import EmbeddingCollection, EmbeddingConfig
+from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor
 
 from m5.batch import Batch
 
@@ -87,10 +87,9 @@ class ContentProjection(nn.Module):
 
 
 class MultiModalEmbedding(nn.Module):
-    """Looks every embedding of a batch up.
+    """Turns the looked-up rows of a batch into the layer's output; the tables stand beside it, in `M5`.
 
     Args:
-        tables: the sharded collection of `sharded_tables`.
         content: E^CG, or None for a model without content branch.
         subsidiary: keys of the subsidiary features, in order; empty switches decoration off.
         features: keys of user and context features, in order.
@@ -101,7 +100,6 @@ class MultiModalEmbedding(nn.Module):
     def __init__(
         self,
         *,
-        tables: EmbeddingCollection,
         content: ContentProjection | None,
         subsidiary: tuple[str, ...],
         features: tuple[str, ...],
@@ -109,19 +107,18 @@ class MultiModalEmbedding(nn.Module):
         dropout: float,
     ):
         super().__init__()
-        self.tables = tables
         self.content = content
         self.subsidiary = subsidiary
         self.features = features
         self.scenarios = scenarios
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, batch: Batch) -> Embedded:
-        """Batch -> Embedded: [B, L, D] behaviours, [P, ., D] features, [C, D] candidate keys, float32.
+    def forward(self, looked_up: dict[str, JaggedTensor], batch: Batch) -> Embedded:
+        """Rows and Batch -> Embedded: [B, L, D] behaviours, [P, ., D] features, [C, D] candidate keys, float32.
 
         `subsidiary_BLF` concatenates the S subsidiary embeddings: F = S * D. Padding positions are zero.
         """
-        rows = {key: value.values() for key, value in self.tables(batch.sparse).items()}
+        rows = {key: value.values() for key, value in looked_up.items()}
         B, L = batch.size
         requests = batch.request_P.numel()
         history_TD = rows["history"]
