@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from m5.config import RunConfig
 from m5.data.sequences import AGE_BUCKETS, scenario_names
+from m5.model.keyed_dropout import KeyedDropout
 from m5.model.m5 import M5, Tower
 from m5.model.multi_interest_extraction import MultiInterestExtraction
 from m5.model.multi_modal_embedding import ContentProjection, MultiModalEmbedding, sharded_tables
@@ -130,6 +131,7 @@ def assemble(inputs: Inputs, config: RunConfig, *, table_device: torch.device | 
             subsidiary=subsidiary,
             features=features,
             scenarios=scenarios,
+            width=model.width,
             dropout=model.dropout,
         ),
         experts=expert_tables(owned=owned, hidden=model.expert_hidden, device=device, **shape)
@@ -146,6 +148,9 @@ def assemble(inputs: Inputs, config: RunConfig, *, table_device: torch.device | 
         ),
     )
     initialise_dense(m5)
+    for name, module in m5.named_modules():
+        if isinstance(module, KeyedDropout):
+            module.salt(zlib.crc32(name.encode()))
     return m5
 
 

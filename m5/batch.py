@@ -3,6 +3,7 @@
 Dimension legend (suffixes of tensor names, here and in `m5.model`):
     B examples   L behaviours (padded)   T behaviours (jagged: all of the batch)   P requests (supervised positions)
     N titles of the catalogue   C candidates   K behaviour categories   M scenario dimensions   E experts   D width
+    G requests of all ranks together (P of one rank)
 
 Position 0 of every sequence is a *start* position that stands for "before the first behaviour", so that a viewer
 without history is an ordinary example. A *request* is a position whose next watch is to be predicted: its scenario,
@@ -12,6 +13,7 @@ context and time are those of that next watch, never of the past behaviour.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,12 +35,11 @@ class Batch:
         length_B: number of positions, the start included.
         request_P: flat position of every request.
         target_P: title that was watched next.
-        candidate_C: titles whose keys are looked up: the negatives shared by all requests, then (sampled candidates
-            only) the batch's own targets.
-        log_q_C: float32, one per negative, so it may be shorter than candidate_C: log expected number of draws
-            (sampled candidates), 0 for the full catalogue.
+        candidate_C: titles whose keys are looked up: this rank's slice of the negatives, ascending, then those of the
+            rank's own targets that are not in it. With one rank the slice is all negatives.
+        log_q_C: float32, one per negative of the slice, so it may be shorter than candidate_C: log expected number of
+            draws, 0 for the full catalogue.
         positive_P: place of each request's target in candidate_C.
-        own_P: place of each request's target among the negatives, -1 where it is not one.
         scenario_PM: vocabulary index of each request's scenario values as the model sees them (0 where dropped).
         rights_PM: the same as they are; rights never forget where a viewer is.
         group_PM: for each request and scenario dimension, its place among the values present in `experts`.
@@ -46,6 +47,9 @@ class Batch:
         event_P: index of the target event in the dataset's arrays, -1 for an ad-hoc request.
         masked_Q: flat positions whose title was hidden for the masked-language-model loss.
         masked_place_Q: place of the hidden titles in candidate_C.
+        draw_B: int32 key of each sequence's dropout (see `m5.model.keyed_dropout`).
+        ranks_P, ranks_Q: how many requests and how many masked titles every rank has in this global batch.
+        longest_slice: negatives of the rank that has most of them.
     """
 
     sparse: KeyedJaggedTensor
@@ -59,7 +63,6 @@ class Batch:
     candidate_C: Tensor
     log_q_C: Tensor
     positive_P: Tensor
-    own_P: Tensor
     scenario_PM: Tensor
     rights_PM: Tensor
     group_PM: Tensor
@@ -67,19 +70,23 @@ class Batch:
     event_P: Tensor
     masked_Q: Tensor
     masked_place_Q: Tensor
+    draw_B: Tensor
+    ranks_P: tuple[int, ...]
+    ranks_Q: tuple[int, ...]
+    longest_slice: int
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The batch on another device; TorchRec's pipelines call this."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=non_blocking)
             for field in fields(self)
-            if (value := getattr(self, field.name)) is not None
+            if isinstance(value := getattr(self, field.name), Tensor | KeyedJaggedTensor)
         }
         return replace(self, **moved)
 
     def record_stream(self, stream: torch.Stream) -> None:
         for field in fields(self):
-            if (value := getattr(self, field.name)) is not None:
+            if isinstance(value := getattr(self, field.name), Tensor | KeyedJaggedTensor):
                 value.record_stream(stream)
 
     @property

@@ -1,6 +1,7 @@
 """The `m5` command. Commands import what they need when they run: `m5 --help` is quick, and `m5 doctor` always starts.
 
-Exit codes: 0 done, 1 `doctor` found a problem, 2 the user's mistake (one paragraph on stderr), 130 Ctrl-C.
+Exit codes: 0 done, 1 `doctor` or `plan` found a problem, 2 the user's mistake (one paragraph on stderr), 3 training has
+stalled, 130 Ctrl-C, 143 SIGTERM; training saves where it is before it leaves with one of the last two.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nm5: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if (asked := getattr(error, "signal", None)) is not None:
+            print(f"m5: {error}", file=sys.stderr)
+            return 128 + asked
         explanation = explain(error)
         if explanation is None:
             raise
@@ -87,7 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_synth(commands)
     _add_prepare(commands)
     _add_stages(commands)
+    _add_plan(commands)
     _add_train(commands)
+    _add_replay(commands)
     _add_evaluate(commands)
     _add_recommend(commands)
     _add_demo(commands)
@@ -161,12 +167,33 @@ def _add_stages(commands) -> None:
     graph.add_argument("data", type=Path)
 
 
+def _add_plan(commands) -> None:
+    parser = _command(commands, "plan", _plan, "memory and communication of training on a described cluster")
+    cluster = parser.add_mutually_exclusive_group(required=True)
+    cluster.add_argument("--cluster", type=Path, metavar="FILE", help="its description, e.g. of docs/plans")
+    cluster.add_argument("--hardware", metavar="KIND", help="h100, h200, a100, l40s or cpu, and the next two")
+    parser.add_argument("--nodes", type=_count, help="default: 1")
+    parser.add_argument("--ranks-per-node", type=_count, help="default: 8")
+    parser.add_argument("--dataset", type=Path, required=True, help="a description, or a prepared dataset")
+    parser.add_argument("--preset", default="default", help="name in m5/configs, or a YAML file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. model.width=128")
+
+
 def _add_train(commands) -> None:
     parser = _command(commands, "train", _train, "train a model; also under torchrun, as `torchrun -m m5.train`")
     parser.add_argument("--preset", default="default", help="name in m5/configs, or a YAML file")
     parser.add_argument("--data", type=Path, required=True, help="prepared dataset")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, if any")
+    earlier.add_argument("--restart", action="store_true", help="start over, though --out holds an unfinished run")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. model.width=128")
+
+
+def _add_replay(commands) -> None:
+    parser = _command(commands, "replay", _replay, "run the batch again whose loss was not finite")
+    parser.add_argument("run", type=Path)
 
 
 def _add_evaluate(commands) -> None:
@@ -294,14 +321,30 @@ def _graph(options: argparse.Namespace) -> None:
     build_graph(options.data)
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from m5.config import load_config
+    from m5.plan.report import read_cluster, read_dataset, report
+
+    cluster = read_cluster(options.cluster, options.hardware, options.nodes, options.ranks_per_node)
+    config = load_config(options.preset, options.overrides, options.dataset, Path("planned"))
+    return report(cluster, read_dataset(options.dataset), config, options.json)
+
+
 def _train(options: argparse.Namespace) -> None:
     from m5.config import load_config
     from m5.train import train
 
-    best = train(load_config(options.preset, options.overrides, options.data, options.out))
+    config = load_config(options.preset, options.overrides, options.data, options.out)
+    best = train(config, resume="yes" if options.resume else "over" if options.restart else "no")
     if os.environ.get("RANK", "0") == "0":
         print(f"best validation: {', '.join(f'{key} {value:.4f}' for key, value in best.items() if '@10' in key)}")
         print(f"next: m5 evaluate {options.out}")
+
+
+def _replay(options: argparse.Namespace) -> None:
+    from m5.replay import print_replay
+
+    print_replay(options.run)
 
 
 def _named(pairs: list[str], option: str) -> dict[str, str]:

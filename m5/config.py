@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PRESETS = Path(__file__).parent / "configs"
-SECTIONS = ("model", "candidates", "sequences", "optimizer", "training")
+SECTIONS = ("model", "candidates", "sequences", "optimizer", "sharding", "training")
 GIVEN_ELSEWHERE = ("preset", "data", "out")  # by --preset, --data and --out
 
 
@@ -62,7 +62,10 @@ class ModelConfig(_Section):
 
 
 class CandidatesConfig(_Section):
-    kind: Literal["full", "sampled"] = Field("full", description="Softmax over the whole catalogue or a sample of it.")
+    kind: Literal["full", "sampled", "in-batch"] = Field(
+        "full",
+        description="Softmax over the whole catalogue, a sample of it, or the targets of the batch of all ranks.",
+    )
     count: int = Field(1024, ge=1, description="Sampled negatives, shared by the batch.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of the softmax's three matrix products. auto: bfloat16 where the hardware multiplies it."
@@ -86,7 +89,36 @@ class OptimizerConfig(_Section):
     warmup_steps: int = Field(100, ge=0, description="Linear warm-up of all learning rates.")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="After warm-up, over the planned steps.")
     final_lr: float = Field(0.05, ge=0, le=1, description="Cosine ends at this share of the learning rates.")
-    clip: float = Field(1.0, gt=0, description="Largest gradient norm of the dense part.")
+    clip: float = Field(
+        1.0,
+        gt=0,
+        description="Largest gradient norm of the dense part. Tables step inside backward, before any norm is known.",
+    )
+    accumulation: int = Field(
+        1, ge=1, description="Only 1: tables step in every backward, so gradients of several cannot be added up first."
+    )
+
+    @model_validator(mode="after")
+    def _refuse_accumulation(self) -> OptimizerConfig:
+        if self.accumulation > 1:
+            raise ValueError(
+                "optimizer.accumulation above 1 cannot be had: the optimizer of the sharded tables steps inside every "
+                "backward, so gradients of several batches would meet changed tables. Raise sequences.sequences "
+                "instead, and spread it over more ranks if memory ends"
+            )
+        return self
+
+
+ShardingType = Literal["row_wise", "table_wise", "column_wise"]
+
+
+class ShardingConfig(_Section):
+    default: Literal["auto", "row_wise", "table_wise", "column_wise"] = Field(
+        "auto", description="How tables are cut. auto: row-wise on CPU; on CUDA TorchRec's planner chooses per table."
+    )
+    tables: dict[str, ShardingType] = Field(
+        {}, description="Other choices by table, e.g. {title: row_wise}; `m5 plan` lists the tables."
+    )
 
 
 class TrainingConfig(_Section):
@@ -106,6 +138,16 @@ class TrainingConfig(_Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one.")
     autocast: bool = Field(False, description="bfloat16 for the dense part; the loss stays in float32.")
+    compile: bool = Field(False, description="torch.compile for the towers; shapes are dynamic.")
+    pipeline: Literal["auto", "on", "off"] = Field(
+        "auto", description="Copy and distribute the next batches during a step. auto: on CUDA."
+    )
+    checkpoint_minutes: float = Field(10.0, gt=0, description="Between checkpoints of the whole training.")
+    checkpoint_every: int | None = Field(None, ge=1, description="Steps between them, instead of minutes.")
+    keep_checkpoints: int = Field(2, ge=1, description="How many of them to keep.")
+    stall_seconds: float | None = Field(
+        600.0, gt=0, description="Without progress of any rank for this long, report all stacks and end. none: never."
+    )
     log_every: int = Field(20, ge=1, description="Steps between lines of metrics.jsonl.")
 
 
@@ -121,6 +163,7 @@ class RunConfig(_Section):
     candidates: CandidatesConfig = CandidatesConfig()
     sequences: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    sharding: ShardingConfig = ShardingConfig()
     training: TrainingConfig = TrainingConfig()
 
     @model_validator(mode="after")

@@ -6,65 +6,84 @@
 doi 10.1145/3298689.3346996) and 0 for the full catalogue. Logits are made chunk by chunk; the gradient of a chunk is
 taken while its probabilities are still in cache, so that forward and backward together need three matrix products and
 no second pass. The products may run in bfloat16; the score of the target, the log-sum-exp and all sums stay in
-float32. Dimension legend in `m5.batch`; Q width of query and key.
+float32.
+
+On several ranks each holds a slice of the candidates. The queries of all ranks are gathered, every rank makes the
+logits of all of them over its slice, the log-sum-exp is joined from two numbers per request and rank, and each query's
+gradient goes back to its owner. So the loss and its gradients are those of one rank with the whole batch, every key is
+looked up and every logit made once in the job. Dimension legend in `m5.batch`; Q width of query and key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from m5.batch import Batch
 from m5.model.m5 import M5, Scores
+from m5.ranks import ALONE, Exchange
 
-CHUNK_ELEMENTS = 2**21  # float32 logits of a chunk: 8 MiB, which stays in a server core's share of the last-level cache
+# float32 logits of a chunk: on a CPU 8 MiB, which stays in a server core's share of the last-level cache; on a GPU
+# enough to fill it, and few enough chunks for the ranks' exchange after each.
+CPU_CHUNK, GPU_CHUNK = 2**21, 2**26
 
 PlayableRows = Callable[[slice], Tensor]
-"""Rows of the requests -> bool [rows, C], True where the candidate may be played."""
+"""Rows of the requests of all ranks -> bool [rows, C], True where the candidate may be played."""
 
 
 class _CandidateSoftmax(torch.autograd.Function):
-    """Mean loss over the requests; gradients are computed in forward and scaled in backward."""
+    """Loss summed over the requests of all ranks; gradients are computed in forward and scaled in backward."""
 
     @staticmethod
-    def forward(ctx, query_PQ, key_CQ, positive_PQ, log_q_C, own_P, playable, precision):
-        requests, candidates = query_PQ.shape[0], key_CQ.shape[0]
-        query_grad, positive_grad = torch.empty_like(query_PQ), torch.empty_like(positive_PQ)
-        key_grad = torch.zeros_like(key_CQ)
-        loss_P = query_PQ.new_empty(requests)
+    def forward(ctx, query_PQ, key_CQ, positive_PQ, log_q_C, own_G, playable, precision, exchange, ranks_P, longest):
+        # One gather carries a query and the score of its target.
+        score_P1 = (query_PQ * positive_PQ).sum(-1, keepdim=True)
+        query_GQ, score_G = exchange.gather_rows(torch.cat([query_PQ, score_P1], -1), ranks_P).split(
+            [query_PQ.shape[1], 1], -1
+        )
+        score_G = score_G.squeeze(-1)
+        partial_GQ, key_grad = torch.empty_like(query_GQ), torch.zeros_like(key_CQ)
+        log_sum_G = torch.empty_like(score_G)
         factor_CQ = key_CQ.to(precision)
-        rows = max(1, CHUNK_ELEMENTS // candidates)
-        for first in range(0, requests, rows):
-            part = slice(first, min(first + rows, requests))
-            query, positive, own = query_PQ[part], positive_PQ[part], own_P[part]
-            factor = query.to(precision)
+        # Ranks exchange after every chunk, so they must cut alike: by the longest slice.
+        for part in _chunks(len(query_GQ), longest, query_PQ.device.type == "cpu"):
+            score, own = score_G[part], own_G[part]
+            factor = query_GQ[part].to(precision)
             logits = (factor @ factor_CQ.T).float()
             logits -= log_q_C
             if playable is not None:
                 logits.masked_fill_(~playable(part), -torch.inf)
             has_own = (own >= 0).nonzero().squeeze(-1)
             logits[has_own, own[has_own]] = -torch.inf  # the target counts once, as `score`
-            score = (query * positive).sum(-1)
-            largest = torch.maximum(logits.amax(-1), score)
-            logits.sub_(largest.unsqueeze(-1)).exp_()
-            positive_exp = (score - largest).exp()
-            total = logits.sum(-1) + positive_exp
-            loss_P[part] = total.log() + largest - score
-            probability = logits.div_(total.unsqueeze(-1)).to(precision)
-            residual = (positive_exp / total - 1).unsqueeze(-1)
-            query_grad[part] = (probability @ factor_CQ).float().addcmul_(residual, positive)
-            positive_grad[part] = residual * query
+            # Never -inf, even over an empty slice, because the target's score is finite.
+            base = torch.maximum(logits.amax(-1), score) if len(key_CQ) else score
+            logits.sub_(base.unsqueeze(-1)).exp_()
+            base_WG, sum_WG = exchange.gather_pairs(base, logits.sum(-1))
+            largest = base_WG.amax(0)
+            total = (sum_WG * (base_WG - largest).exp()).sum(0) + (score - largest).exp()
+            log_sum_G[part] = total.log() + largest
+            probability = logits.mul_(((base - largest).exp() / total).unsqueeze(-1)).to(precision)
+            partial_GQ[part] = (probability @ factor_CQ).float()
             key_grad += probability.T @ factor
-        ctx.save_for_backward(query_grad, key_grad, positive_grad)
-        return loss_P.sum()
+        own = exchange.own(ranks_P)
+        residual_P1 = torch.expm1(score_G[own] - log_sum_G[own]).unsqueeze(-1)  # probability of the target, less one
+        query_grad = exchange.sum_rows(partial_GQ, ranks_P).addcmul(residual_P1, positive_PQ)
+        ctx.save_for_backward(query_grad, key_grad, residual_P1 * query_PQ)
+        return (log_sum_G - score_G).sum()
 
     @staticmethod
     def backward(ctx, grad):
         query_grad, key_grad, positive_grad = ctx.saved_tensors
-        return grad * query_grad, grad * key_grad, grad * positive_grad, None, None, None, None
+        return grad * query_grad, grad * key_grad, grad * positive_grad, *[None] * 7
+
+
+def _chunks(requests: int, candidates: int, on_cpu: bool) -> Iterator[slice]:
+    rows = max(1, (CPU_CHUNK if on_cpu else GPU_CHUNK) // max(1, candidates))
+    for first in range(0, requests, rows):
+        yield slice(first, min(first + rows, requests))
 
 
 def candidate_softmax(
@@ -73,87 +92,145 @@ def candidate_softmax(
     positive_PQ: Tensor,
     *,
     log_q_C: Tensor,
-    own_P: Tensor,
+    own_G: Tensor,
     playable: PlayableRows | None = None,
     precision: torch.dtype = torch.float32,
+    exchange: Exchange = ALONE,
+    ranks_P: tuple[int, ...] | None = None,
+    longest: int | None = None,
 ) -> Tensor:
-    """Sum over the requests of the softmax cross-entropy.
+    """Sum over the requests of all ranks of the softmax cross-entropy (a collective call on several ranks).
 
     Args:
-        query_PQ: float32 [P, Q].
-        key_CQ: float32 [C, Q] candidate keys.
+        query_PQ: float32 [P, Q] of this rank.
+        key_CQ: float32 [C, Q] candidate keys, this rank's slice of them.
         positive_PQ: float32 [P, Q] key of each request's target.
         log_q_C: float32 [C], subtracted from the candidates' logits; 0 for the full catalogue.
-        own_P: int64 [P], the candidate that is the target itself, -1 where there is none.
+        own_G: int64 [G], for every request of all ranks the candidate of the slice that is its target, -1 where there
+            is none.
         playable: rows -> bool [rows, C]; a title that the viewer may not play is no negative. None: all are.
         precision: of the three matrix products.
+        exchange, ranks_P: the ranks, and how many requests each has; by default this is the only one.
+        longest: C of the rank that has the longest slice.
 
     Returns:
-        float32 scalar in nats.
+        float32 scalar in nats, the same on every rank. Its gradients are those of the whole sum with respect to this
+        rank's arguments.
     """
     # Inside autocast the products would come out in bf16; the logits' log-sum-exp is kept in float32.
     with torch.autocast(query_PQ.device.type, enabled=False):
         return _CandidateSoftmax.apply(
-            query_PQ.float(), key_CQ.float(), positive_PQ.float(), log_q_C, own_P, playable, precision
+            query_PQ.float(),
+            key_CQ.float(),
+            positive_PQ.float(),
+            log_q_C,
+            own_G,
+            playable,
+            precision,
+            exchange,
+            (len(query_PQ),) if ranks_P is None else ranks_P,
+            len(key_CQ) if longest is None else longest,
         )
 
 
-class M5Train(nn.Module):
-    """The model with its loss L = L_match + lambda L_mlm, as DLRMTrain wraps DLRM.
+class Playable(Protocol):
+    """(rights [R, M], time [R], candidates [C]) -> bool [R, C]: which candidates each request may play."""
+
+    def __call__(self, rights_PM: Tensor, timestamp_P: Tensor, title_C: Tensor) -> Tensor: ...
+
+
+class MatchingLoss(nn.Module):
+    """L_match + lambda L_mlm, summed over the requests of all ranks.
 
     Args:
-        model: the bare model.
-        playable: (rights [P, M], time [P], candidates [C]) -> bool [P, C], or None where nothing restricts playing.
+        playable: None where nothing restricts playing.
         mlm_weight: lambda; 0 for causal attention, where every position already is a target.
         width: D, for the masked-language-model head.
         precision: of the matrix products of the candidate softmax.
+        exchange: with the other ranks.
     """
 
     def __init__(
         self,
         *,
-        model: M5,
-        playable: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+        playable: Playable | None,
         mlm_weight: float,
         width: int,
         precision: torch.dtype = torch.float32,
+        exchange: Exchange = ALONE,
     ):
         super().__init__()
-        self.model = model
         self.playable = playable
         self.mlm_weight = mlm_weight
         self.precision = precision
+        self.exchange = exchange
         self.mlm_projection = nn.Linear(width, width) if mlm_weight else None
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Scores]:
-        """Batch -> (sum over its requests of the loss in nats, Scores)."""
-        scores = self.model(batch)
+    def forward(self, scores: Scores, batch: Batch) -> Tensor:
+        """Scores and their batch -> float32 scalar in nats, the same on every rank."""
+        negative_C = batch.candidate_C[: batch.log_q_C.numel()]
+        facts_PX = torch.cat([batch.target_P.unsqueeze(-1), batch.timestamp_P.unsqueeze(-1), batch.rights_PM], -1)
+        facts_GX = self.exchange.gather_rows(facts_PX, batch.ranks_P)
 
         def playable_rows(rows: slice) -> Tensor:
             assert self.playable is not None
-            return self.playable(batch.rights_PM[rows], batch.timestamp_P[rows], batch.candidate_C[:negatives])
+            return self.playable(facts_GX[rows, 2:], facts_GX[rows, 1], negative_C)
 
-        negatives = batch.log_q_C.numel()
         loss = candidate_softmax(
             scores.query_PQ,
-            scores.key_CQ[:negatives],
+            scores.key_CQ[: len(negative_C)],
             scores.key_CQ.index_select(0, batch.positive_P),
             log_q_C=batch.log_q_C,
-            own_P=batch.own_P,
+            own_G=place_among(negative_C, facts_GX[:, 0]),
             playable=playable_rows if self.playable is not None else None,
             precision=self.precision,
+            exchange=self.exchange,
+            ranks_P=batch.ranks_P,
+            longest=batch.longest_slice,
         )
         if self.mlm_projection is not None:
             loss = loss + self.mlm_weight * self._masked_title_loss(batch, scores, self.mlm_projection)
-        return loss, scores
+        return loss
 
-    @staticmethod
-    def _masked_title_loss(batch: Batch, scores: Scores, projection: nn.Linear) -> Tensor:
-        """Cross-entropy of the hidden titles against E^ID, on the scale of one loss per request.
+    def _masked_title_loss(self, batch: Batch, scores: Scores, projection: nn.Linear) -> Tensor:
+        """The same softmax of the hidden titles against E^ID, on the scale of one loss per request.
 
         It is computed, as zero, for a batch without hidden titles too: ranks must agree on the graph that they train.
         """
+        negative_C = batch.candidate_C[: batch.log_q_C.numel()]
         hidden_QD = scores.h_BLD.flatten(0, 1).index_select(0, batch.masked_Q)
-        logits_QC = projection(hidden_QD) @ scores.id_key_CD.T
-        loss = functional.cross_entropy(logits_QC.float(), batch.masked_place_Q, reduction="sum")
-        return loss * (batch.request_P.numel() / max(1, batch.masked_Q.numel()))
+        title_Q1 = batch.candidate_C.index_select(0, batch.masked_place_Q).unsqueeze(-1)
+        loss = candidate_softmax(
+            projection(hidden_QD),
+            scores.id_key_CD[: len(negative_C)],
+            scores.id_key_CD.index_select(0, batch.masked_place_Q),
+            log_q_C=batch.log_q_C,
+            own_G=place_among(negative_C, self.exchange.gather_rows(title_Q1, batch.ranks_Q).squeeze(-1)),
+            precision=self.precision,
+            exchange=self.exchange,
+            ranks_P=batch.ranks_Q,
+            longest=batch.longest_slice,
+        )
+        return loss * (sum(batch.ranks_P) / max(1, sum(batch.ranks_Q)))
+
+
+def place_among(ascending_C: Tensor, wanted_G: Tensor) -> Tensor:
+    """int64 [C] ascending, [G] -> [G]: where each wanted number stands, -1 where it does not."""
+    if not len(ascending_C):
+        return torch.full_like(wanted_G, -1)
+    place_G = torch.searchsorted(ascending_C, wanted_G).clamp(max=len(ascending_C) - 1)
+    return torch.where(ascending_C[place_G] == wanted_G, place_G, -1)
+
+
+class M5Train(nn.Module):
+    """The model with its loss, as DLRMTrain wraps DLRM."""
+
+    def __init__(self, model: M5, loss: MatchingLoss):
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Scores]:
+        """Batch -> (sum over the requests of all ranks of the loss in nats, Scores of this rank's requests)."""
+        scores = self.model(batch)
+        return self.loss(scores, batch), scores

@@ -1,32 +1,39 @@
 """Parallelism, applied from outside the model: optimizer in backward -> plan -> DistributedModelParallel.
 
-The only module that imports `torchrec.distributed`.
+With `planner_topology`, which knows the planner, the only module that imports `torchrec.distributed`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from m5.assemble import initial_rows
+from m5.assemble import ROWS_PER_SEED, initial_rows
+from m5.batch import Batch
 from m5.config import ConfigError, RunConfig
 from m5.losses import M5Train
+from m5.planner_topology import Machines, collections, make_planner
 
 EXPERT_TABLES = "experts_"
+# Of a device's memory, for the tables; the rest is for the dense part, activations and logits (`m5 plan` counts it).
+TABLE_SHARE = 0.6
+# Ranks wait in a collective while the first one validates. Hanging is the watchdog's business, not the timeout's.
+PATIENCE = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,17 @@ def world(device: str) -> Iterator[World]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     target = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     if target.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {local_rank} has no GPU: there are {torch.cuda.device_count()}. Start as many processes "
+                "per node as it has GPUs."
+            )
         torch.cuda.set_device(target)
     owned = not dist.is_initialized()
     if owned:
         backend = "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            dist.init_process_group(backend, timeout=PATIENCE)
         else:
             # A store in memory: no port to choose, no address to find.
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -75,35 +87,80 @@ def world(device: str) -> Iterator[World]:
 def distribute(model: M5Train, config: RunConfig, world: World) -> DistributedModelParallel:
     """Shard the tables and replicate the rest.
 
-    The tables' optimizer is row-wise Adagrad fused into backward (FBGEMM has no Adam for sharded tables on CPU). On
-    CPU every table is sharded row-wise; on CUDA the planner chooses.
+    The tables' optimizer is row-wise Adagrad fused into backward (FBGEMM has no Adam for sharded tables on CPU).
+
+    Raises:
+        ConfigError: `sharding.tables` names a table that the model does not have, or the tables do not fit.
     """
     experts = model.model.experts
-    tables = list(model.model.tables.parameters())
-    apply_optimizer_in_backward(RowWiseAdagrad, tables, {"lr": config.optimizer.table_lr})
-    names = [table.name for table in model.model.tables.embedding_configs()]
+    apply_optimizer_in_backward(
+        RowWiseAdagrad, list(model.model.tables.parameters()), {"lr": config.optimizer.table_lr}
+    )
     if experts is not None:
         apply_optimizer_in_backward(RowWiseAdagrad, list(experts.parameters()), {"lr": config.optimizer.expert_lr})
-        names += [table.name for table in experts.embedding_configs()]
-    constraints = None
-    if world.device.type == "cpu":
-        constraints = {name: ParameterConstraints(sharding_types=["row_wise"]) for name in names}
+    if config.training.compile:
+        for tower in model.model.towers.values():
+            tower.compile(dynamic=True)
+    planner = make_planner(model, this_machine(world), lookups={}, sharding=sharding_types(model, config))
     sharders = [EmbeddingCollectionSharder()]
-    planner = EmbeddingShardingPlanner(
-        topology=Topology(world_size=world.size, local_world_size=_local_ranks(), compute_device=world.device.type),
-        constraints=constraints,
-    )
     plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
     parallel = DistributedModelParallel(model, device=world.device, plan=plan, sharders=sharders)
     _initialise_tables(parallel, config)
     return parallel
 
 
-def _local_ranks() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def this_machine(world: World) -> Machines:
+    """What the planner must know of the machine that this process runs on."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if world.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+    else:
+        memory = psutil.virtual_memory().total // local_ranks
+    return Machines(
+        world_size=world.size,
+        local_ranks=local_ranks,
+        device=world.device.type,
+        table_memory=int(TABLE_SHARE * memory),
+    )
 
 
-def _table_name(key: str) -> str:
+def sharding_types(model: nn.Module, config: RunConfig) -> dict[str, list[str]]:
+    """Sharding types that the settings prescribe, by table; tables that are left to the device's default are absent.
+
+    Raises:
+        ConfigError: a setting names a table that the model does not have.
+    """
+    tables = [table.name for collection in collections(model) for table in collection.embedding_configs()]
+    if unknown := sorted(set(config.sharding.tables) - set(tables)):
+        raise ConfigError(f"sharding.tables: there is no table {', '.join(unknown)}. Tables: {', '.join(tables)}.")
+    chosen: dict[str, list[str]] = {}
+    if config.sharding.default != "auto":
+        chosen = {name: [config.sharding.default] for name in tables}
+    return chosen | {name: [kind] for name, kind in config.sharding.tables.items()}
+
+
+def pipelined(
+    model: DistributedModelParallel,
+    optimizer: Any,
+    device: torch.device,
+    backward: Callable[[Tensor, Batch], None],
+) -> TrainPipelineSparseDist:
+    """TorchRec's pipeline: while one batch is computed, the next is distributed and the one after it copied.
+
+    Args:
+        optimizer: what the pipeline calls `zero_grad` and `step` of.
+        backward: takes the loss and its batch, in place of `loss.backward()`.
+    """
+
+    class Pipeline(TrainPipelineSparseDist):
+        def _backward(self, losses: Tensor) -> None:
+            backward(losses, self.batches[0])
+
+    return Pipeline(model, optimizer, device, execute_all_batches=True)
+
+
+def table_name(key: str) -> str:
+    """Name of a table, from its key in a state dict."""
     return key.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
@@ -114,19 +171,22 @@ def _initialise_tables(parallel: DistributedModelParallel, config: RunConfig) ->
     for key, value in parallel.state_dict().items():
         if not isinstance(value, ShardedTensor):
             continue
-        name = _table_name(key)
+        name = table_name(key)
         for shard in value.local_shards():
             first, column = shard.metadata.shard_offsets
             rows, width = shard.metadata.shard_sizes
-            values = initial_rows(
-                name,
-                first,
-                rows,
-                value.size(1),
-                seed=config.seed,
-                expert=expert if name.startswith(EXPERT_TABLES) else None,
-            )
-            shard.tensor.copy_(values[:, column : column + width])
+            # Block by block: a shard may fill most of the memory.
+            for block in range(0, rows, ROWS_PER_SEED):
+                count = min(ROWS_PER_SEED, rows - block)
+                values = initial_rows(
+                    name,
+                    first + block,
+                    count,
+                    value.size(1),
+                    seed=config.seed,
+                    expert=expert if name.startswith(EXPERT_TABLES) else None,
+                )
+                shard.tensor[block : block + count].copy_(values[:, column : column + width])
 
 
 def dense_parameters(parallel: DistributedModelParallel) -> dict[str, nn.Parameter]:
@@ -135,8 +195,12 @@ def dense_parameters(parallel: DistributedModelParallel) -> dict[str, nn.Paramet
     return {name: parameter for name, parameter in parallel.named_parameters() if name not in tables}
 
 
-def whole_state(parallel: DistributedModelParallel, device: torch.device) -> dict[str, Tensor]:
-    """The bare model's weights with every table gathered; filled on rank 0, empty elsewhere (a collective call)."""
+def whole_state(parallel: DistributedModelParallel, device: torch.device, prefix: str = "model.") -> dict[str, Tensor]:
+    """Weights with every table gathered; filled on rank 0, empty elsewhere (a collective call).
+
+    Args:
+        prefix: of the names to take, cut off; by default the bare model, "" for the model with its loss.
+    """
     state: dict[str, Tensor] = {}
     first = dist.get_rank() == 0
     for key, value in parallel.state_dict().items():
@@ -144,13 +208,30 @@ def whole_state(parallel: DistributedModelParallel, device: torch.device) -> dic
             whole = torch.empty(value.size(), device=device) if first else None
             value.gather(dst=0, out=whole)
             value = whole
-        if first and key.startswith("model."):
-            state[key.removeprefix("model.")] = value.detach()
+        if first and key.startswith(prefix):
+            state[key.removeprefix(prefix)] = value.detach()
     return state
 
 
-def sum_over_ranks(value: float, device: torch.device) -> float:
-    """Sum of a number over all ranks (a collective call)."""
-    total = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return float(total)
+def training_state(
+    parallel: DistributedModelParallel, optimizer: torch.optim.Optimizer, dense: dict[str, nn.Parameter]
+) -> dict[str, Any]:
+    """Everything that a step changes, by name: tables and their optimizers' sums (sharded), dense weights and moments.
+
+    The tensors are the live ones: what is copied into them is trained on.
+
+    Args:
+        optimizer: of the dense part; its empty state is filled with the zeros that its first step would begin with.
+        dense: its parameters by name.
+    """
+    state: dict[str, Any] = {f"weights.{key}": value for key, value in parallel.state_dict().items()}
+    for key, sums in parallel.fused_optimizer.state_dict()["state"].items():
+        # The name of a sum repeats the table's: `title.momentum_1`.
+        state |= {f"table_optimizer.{key}.{name.rsplit('.', 1)[-1]}": value for name, value in sums.items()}
+    for name, parameter in dense.items():
+        moments = optimizer.state[parameter]
+        if not moments:
+            moments["step"] = torch.zeros((), device=parameter.device)
+            moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state |= {f"optimizer.{name}.{moment}": value for moment, value in moments.items()}
+    return state

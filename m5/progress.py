@@ -18,6 +18,15 @@ class Clock(Protocol):
     def progress(self, step: int, seconds: float) -> float: ...
 
 
+class Place(Protocol):
+    """Where training is; `log` is what `TrainingLog.state` had returned when it was saved."""
+
+    step: int
+    epoch: int
+    seconds: float
+    log: dict[str, float]
+
+
 class TrainingLog:
     """Progress and metrics of the first rank; the other ranks make one with `enabled=False`, which does nothing.
 
@@ -25,10 +34,12 @@ class TrainingLog:
         folder: the run; metrics.jsonl and tensorboard/ go there.
         enabled: False for all ranks but the first.
         schedule: knows what share of the run is over.
+        position: where training begins; what metrics.jsonl and TensorBoard hold of later steps, which a killed process
+            had taken, is removed.
     """
 
-    def __init__(self, folder: Path, *, enabled: bool, schedule: Clock):
-        self.folder, self.enabled, self.schedule = Path(folder), enabled, schedule
+    def __init__(self, folder: Path, *, enabled: bool, schedule: Clock, position: Place):
+        self.folder, self.enabled, self.schedule, self.position = Path(folder), enabled, schedule, position
         self.console = Console(file=sys.stderr)
         self.terminal = enabled and self.console.is_terminal
 
@@ -37,10 +48,16 @@ class TrainingLog:
             return self
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(str(self.folder / "tensorboard"))
+        saved = self.position.log
+        purge = self.position.step + 1 if saved else None
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
         self.lines = (self.folder / "metrics.jsonl").open("a")
-        self.began = self.last_line = self.window_began = time.monotonic()
-        self.loss_sum, self.targets, self.window_targets = 0.0, 0, 0
+        self.lines.truncate(int(saved.get("bytes", 0)))
+        self.last_line = self.window_began = time.monotonic()
+        self.began = self.last_line - self.position.seconds
+        self.loss_sum, self.targets, self.window_targets = saved.get("loss_sum", 0.0), int(saved.get("targets", 0)), 0
+        if saved:
+            self._say(f"resumed at step {self.position.step}, epoch {self.position.epoch + 1}")
         self.bar = None
         if self.terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
@@ -59,29 +76,36 @@ class TrainingLog:
     def _say(self, text: str) -> None:
         (self.bar.console if self.bar is not None else self.console).print(text, highlight=False, markup=False)
 
-    def step(self, step: int, epoch: int, loss: float, targets: int) -> None:
+    def state(self) -> dict[str, float]:
+        """What is written and what is counted, for a checkpoint."""
+        if not self.enabled:
+            return {}
+        self.lines.flush()
+        return {"bytes": self.lines.tell(), "loss_sum": self.loss_sum, "targets": self.targets}
+
+    def step(self, place: Place, loss: float, targets: int) -> None:
         """Count one step: `loss` is the sum over `targets` in nats."""
         if not self.enabled:
             return
         self.loss_sum, self.targets = self.loss_sum + loss, self.targets + targets
         self.window_targets += targets
         now = time.monotonic()
-        over = self.schedule.progress(step, now - self.began)
+        over = self.schedule.progress(place.step, now - self.began)
         if self.bar is None and now - self.last_line < SECONDS_PER_LINE:
             return
         left = (now - self.began) * (1 - over) / max(over, 1e-9)
         rate = self.window_targets / max(now - self.window_began, 1e-9)
         text = (
-            f"epoch {epoch + 1}  loss {self.loss_sum / max(self.targets, 1):.4f}  {rate:,.0f} targets/s  "
+            f"epoch {place.epoch + 1}  loss {self.loss_sum / max(self.targets, 1):.4f}  {rate:,.0f} targets/s  "
             f"{left / 60:.1f} min left"
         )
         if self.bar is not None:
             self.bar.update(self.task, completed=over, description=text)
             return
         self.last_line = now
-        self._say(f"step {step}  {text}")
+        self._say(f"step {place.step}  {text}")
 
-    def write(self, step: int, epoch: int, numbers: dict[str, float]) -> None:
+    def write(self, place: Place, numbers: dict[str, float]) -> None:
         """Append the mean loss since the last call, the speed and `numbers` to metrics.jsonl and TensorBoard."""
         if not self.enabled:
             return
@@ -91,26 +115,26 @@ class TrainingLog:
             "targets_per_second": self.window_targets / max(now - self.window_began, 1e-9),
             **numbers,
         }
-        self._record("train", step, epoch, values)
+        self._record("train", place, values)
         self.loss_sum, self.targets, self.window_targets, self.window_began = 0.0, 0, 0, now
 
-    def validation(self, step: int, epoch: int, metrics: dict[str, float], improved: bool) -> None:
+    def validation(self, place: Place, metrics: dict[str, float], improved: bool) -> None:
         if not self.enabled:
             return
-        self._record("valid", step, epoch, metrics)
+        self._record("valid", place, metrics)
         shown = "  ".join(f"{key} {metrics[key]:.4f}" for key in ("hr@10", "ndcg@10", "hr@200") if key in metrics)
-        self._say(f"epoch {epoch + 1}  validation  {shown}{'  (best so far)' if improved else ''}")
+        self._say(f"epoch {place.epoch + 1}  validation  {shown}{'  (best so far)' if improved else ''}")
         self.window_began, self.window_targets = time.monotonic(), 0
 
-    def _record(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
+    def _record(self, kind: str, place: Place, values: dict[str, float]) -> None:
         line: dict[str, Any] = {
             "kind": kind,
-            "step": step,
-            "epoch": epoch,
+            "step": place.step,
+            "epoch": place.epoch,
             "seconds": round(time.monotonic() - self.began, 2),
             **values,
         }
         self.lines.write(json.dumps(line) + "\n")
         self.lines.flush()
         for key, value in values.items():
-            self.board.add_scalar(f"{kind}/{key}", value, step)
+            self.board.add_scalar(f"{kind}/{key}", value, place.step)

@@ -1,59 +1,61 @@
 """Training: `m5 train`, or `torchrun -m m5.train` with the same arguments.
 
-One visible loop; what it calls is the model's loss (`m5.losses`), the data (`m5.data`) and parallelism (`m5.parallel`).
+One visible loop; what it calls is a step (`m5.step`), the data (`m5.data`), checkpoints and the watchdog.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import shutil
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor
 
 from m5.assemble import build_model
 from m5.batch import Batch
-from m5.best import BEST, content_digest, save_weights
+from m5.best import content_digest, save_weights
+from m5.checkpoint import Checkpoints
 from m5.config import ConfigError, RunConfig
 from m5.data.loader import Loader
 from m5.data.sequences import BatchBuilder
 from m5.eligibility import Eligibility
-from m5.evaluate import evaluate
+from m5.evaluate import Scorer, evaluate
 from m5.health import Health
-from m5.losses import M5Train
-from m5.model.m5 import Scores
-from m5.parallel import (
-    DistributedModelParallel,
-    World,
-    dense_parameters,
-    distribute,
-    sum_over_ranks,
-    whole_state,
-    world,
-)
+from m5.losses import M5Train, MatchingLoss
+from m5.model.m5 import M5
+from m5.parallel import World, distribute, training_state, whole_state, world
 from m5.predict import Predictor
 from m5.progress import TrainingLog
+from m5.ranks import ALONE, Exchange, Pulse, agree
+from m5.replay import save_replay
+from m5.resume import Position, Resume, Stopped, StopRequest, begin, identity, restarted
 from m5.schema import DataError, PreparedDataset
+from m5.step import NonFiniteLoss, Stepped, Stepper
+from m5.watchdog import Watchdog
 
 
-def train(config: RunConfig) -> dict[str, float]:
-    """Train one run and leave its best-on-validation checkpoint in `config.out`.
+def train(config: RunConfig, resume: Resume = "no") -> dict[str, float]:
+    """Train one run and leave its best-on-validation weights in `config.out`.
+
+    Args:
+        resume: what to do with the checkpoints of an earlier run in `config.out`: "yes" continues from the newest one,
+            "no" refuses to lose those of an unfinished run, "over" starts over. After an elastic restart it is "yes".
 
     Returns:
-        Validation metrics of that checkpoint.
+        Validation metrics of those weights.
 
     Raises:
         DataError, ConfigError: data or settings that cannot be trained on.
+        Stopped: a signal has asked for it; the checkpoint is written.
     """
     share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.training.threads or int(os.environ.get("OMP_NUM_THREADS", max(1, share))))
     with world(config.training.device) as place:
-        return Trainer(config, place).run()
+        return Trainer(config, place).run("yes" if restarted() else resume)
 
 
 def softmax_precision(setting: str, device: torch.device) -> torch.dtype:
@@ -66,6 +68,30 @@ def softmax_precision(setting: str, device: torch.device) -> torch.dtype:
         else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
     return torch.bfloat16 if native else torch.float32
+
+
+def training_model(
+    dataset: PreparedDataset,
+    config: RunConfig,
+    model: M5,
+    device: torch.device | str = "cpu",
+    exchange: Exchange = ALONE,
+) -> M5Train:
+    """A model with the loss that the settings ask for."""
+    eligibility = Eligibility.from_dataset(dataset, device)
+
+    def playable(rights_PM: Tensor, timestamp_P: Tensor, title_C: Tensor) -> Tensor:
+        assert eligibility is not None
+        return eligibility.mask(rights_PM, timestamp_P).index_select(1, title_C)
+
+    loss = MatchingLoss(
+        playable=playable if eligibility is not None else None,
+        mlm_weight=config.model.mlm_weight,
+        width=config.model.width,
+        precision=softmax_precision(config.candidates.precision, torch.device(device)),
+        exchange=exchange,
+    )
+    return M5Train(model, loss)
 
 
 class Schedule:
@@ -87,83 +113,53 @@ class Schedule:
         return warm * (self.settings.final_lr + (1 - self.settings.final_lr) * cosine)
 
 
+class _Watched:
+    """A scorer that tells the watchdog of its progress."""
+
+    def __init__(self, scorer: Scorer, watchdog: Watchdog):
+        self.scorer, self.watchdog, self.name = scorer, watchdog, scorer.name
+
+    def score(self, event_index):
+        self.watchdog.beat("validation")
+        return self.scorer.score(event_index)
+
+
 class Trainer:
     """State of one rank's training; `run` is the loop."""
 
     def __init__(self, config: RunConfig, place: World):
         self.config, self.place = config, place
         self.dataset = PreparedDataset(config.data)
+        self.identity = identity(self.dataset, config)
+        agree(place.size, self.identity)
         self.builder = BatchBuilder(self.dataset, config)
         counts = self.dataset.manifest.split_counts
         if counts["train"] == 0:
             raise DataError(f"{config.data}: no event lies in the training period, so there is nothing to train on.")
         if counts["valid"] == 0:
             raise DataError(f"{config.data}: no event lies in the validation period, which chooses the checkpoint.")
-        self.model = self._sharded_model()
+        bare = build_model(self.dataset, config, table_device="meta")
+        whole = training_model(self.dataset, config, bare, place.device, Exchange(place.rank, place.size))
+        self.model = distribute(whole, config, place)
         # The unsharded twin that validation scores with, on the first rank.
-        self.twin = Predictor(build_model(self.dataset, config).to(place.device), self.builder, config, place.device)
-        self.dense = dense_parameters(self.model)
-        matrices = [p for p in self.dense.values() if p.ndim > 1]
-        others = [p for p in self.dense.values() if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": config.optimizer.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=config.optimizer.lr,
-            fused=True,
+        self.twin: Predictor | None = None
+        if place.first:
+            twin = build_model(self.dataset, config).to(place.device)
+            self.twin = Predictor(twin, self.builder, config, place.device)
+        self.stepper = Stepper(self.model, config, place)
+        self.watchdog = Watchdog(
+            limit=config.training.stall_seconds, rank=place.rank, size=place.size, folder=config.out / "stalls"
         )
-        self.table_optimizer = self.model.fused_optimizer
-        self.table_lrs = [group["lr"] for group in self.table_optimizer.param_groups]
 
-    def _sharded_model(self) -> DistributedModelParallel:
-        eligibility = Eligibility.from_dataset(self.dataset, self.place.device)
-
-        def playable(rights_PM: torch.Tensor, timestamp_P: torch.Tensor, title_C: torch.Tensor) -> torch.Tensor:
-            assert eligibility is not None
-            return eligibility.mask(rights_PM, timestamp_P).index_select(1, title_C)
-
-        config = self.config
-        model = M5Train(
-            model=build_model(self.dataset, config, table_device="meta"),
-            playable=playable if eligibility is not None else None,
-            mlm_weight=config.model.mlm_weight,
-            width=config.model.width,
-            precision=softmax_precision(config.candidates.precision, self.place.device),
-        )
-        return distribute(model, config, self.place)
-
-    def _set_learning_rates(self, factor: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.optimizer.lr * factor
-        for group, lr in zip(self.table_optimizer.param_groups, self.table_lrs, strict=True):
-            group["lr"] = lr * factor
-        # The fused optimizer has stepped in backward already; its step() only hands the learning rate down.
-        self.table_optimizer.step()
-
-    def step(self, batch: Batch, factor: float) -> tuple[float, int, Scores]:
-        """One optimizer step; returns the local loss sum in nats, the local number of targets and what was scored."""
-        self._set_learning_rates(factor)
-        requests = batch.request_P.numel()
-        everywhere = requests if self.place.size == 1 else sum_over_ranks(requests, self.place.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.config.training.autocast):
-            loss, scores = self.model(batch.to(self.place.device, non_blocking=True))
-        # Gradients are averaged over ranks; the loss is a mean over the targets of all ranks.
-        (loss * (self.place.size / everywhere)).backward()
-        nn.utils.clip_grad_norm_(self.dense.values(), self.config.optimizer.clip)
-        self.optimizer.step()
-        return loss.item(), requests, scores
-
-    def validate(self) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    def validate(self) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Validation metrics, the same on every rank, and the weights, whole, on the first (a collective call)."""
         state = whole_state(self.model, self.place.device)
         metrics: list[dict[str, float]] = [{}]
-        if self.place.first:
+        if self.twin is not None:
             self.twin.update(state)
             report = evaluate(
                 self.dataset,
-                [self.twin],
+                [_Watched(self.twin, self.watchdog)],
                 split="valid",
                 filter_seen=self.config.training.filter_seen,
                 max_targets=self.config.training.validation_targets,
@@ -175,75 +171,106 @@ class Trainer:
         dist.broadcast_object_list(metrics, src=0)
         return metrics[0], state
 
-    def run(self) -> dict[str, float]:
+    def loader(self, position: Position) -> Loader:
+        place = self.place
+        return Loader(
+            self.builder,
+            seed=self.config.seed,
+            epoch=position.epoch,
+            rank=place.rank,
+            world_size=place.size,
+            first=position.batch,
+        )
+
+    def run(self, resume: Resume = "no") -> dict[str, float]:
+        """Train to the end; see `train`."""
         config, place = self.config, self.place
-        if place.first:
-            _fresh_folder(config)
-        loader = Loader(self.builder, seed=config.seed, epoch=0, rank=place.rank, world_size=place.size)
-        if not len(loader):
-            raise DataError(f"{config.data}: fewer training sequences than ranks ({place.size}).")
-        schedule = Schedule(config, total_steps=len(loader) * config.training.epochs)
-        log = TrainingLog(config.out, enabled=place.first, schedule=schedule)
-        best: dict[str, float] = {}
-        began, step, stale, out_of_time = time.monotonic(), 0, 0, False
-        with log:
-            for epoch in range(config.training.epochs):
-                loader = Loader(self.builder, seed=config.seed, epoch=epoch, rank=place.rank, world_size=place.size)
-                self.model.train()
-                for batch in loader:
-                    loss, targets, scores = self.step(batch, schedule.factor(step, time.monotonic() - began))
-                    if not math.isfinite(loss):
-                        raise ConfigError(
-                            f"training diverged: the loss is {loss} at step {step} of epoch {epoch + 1}. Lower "
-                            "optimizer.lr, optimizer.table_lr or optimizer.expert_lr."
-                        )
-                    step += 1
-                    log.step(step, epoch, loss, targets)
-                    # once in a while: metrics, the clock
-                    if step % config.training.log_every == 0:
-                        log.write(step, epoch, Health.of(scores, batch, self.dataset.manifest).numbers())
-                        if out_of_time := self._out_of_time(began):
+        with begin(config, place, resume) as checkpoints, self.watchdog, StopRequest() as asked:
+            state = training_state(self.model, self.stepper.optimizer, self.stepper.dense)
+            position = Position.of(checkpoints.load(state), self.identity)
+            loader = self.loader(position)
+            schedule = Schedule(config, total_steps=len(loader) * config.training.epochs)
+            self.pulse = Pulse(rank=place.rank, size=place.size, seconds=position.seconds)
+            began = time.monotonic() - position.seconds
+            with TrainingLog(config.out, enabled=place.first, schedule=schedule, position=position) as log:
+                while not position.finished:
+                    for taken in self._steps(loader, schedule, position):
+                        position.step, position.batch = position.step + 1, position.batch + 1
+                        log.step(position, taken.loss, taken.requests)
+                        self.pulse.tell(stop=asked.signal is not None, seconds=time.monotonic() - began)
+                        # once in a while: the model's health, a checkpoint
+                        if position.step % config.training.log_every == 0:
+                            log.write(position, Health.of(taken.scores, taken.batch, self.dataset.manifest).numbers())
+                        if self.pulse.stop or self._out_of_time():
                             break
-                last = out_of_time or epoch + 1 == config.training.epochs
-                # once in a while: evaluate, keep the best
-                if last or (epoch + 1) % config.training.evaluate_every == 0:
-                    metrics, state = self.validate()
-                    improved = metrics[config.training.metric] > best.get(config.training.metric, -1.0)
-                    stale = 0 if improved else stale + 1
-                    if improved:
-                        best = metrics
-                        self._keep(
-                            state, {"step": step, "epoch": epoch, "valid": metrics, "seconds": time.monotonic() - began}
-                        )
-                    log.validation(step, epoch, metrics, improved)
-                if last or stale >= config.training.patience:
-                    break
-        dist.barrier()
-        return best
+                        if position.checkpoint_due(config.training, self.pulse.seconds):
+                            self._checkpoint(checkpoints, state, position, log)
+                    if self.pulse.stop:
+                        self._checkpoint(checkpoints, state, position, log)
+                        checkpoints.wait()
+                        raise Stopped(asked.signal, position.step, config.out)
+                    # once an epoch, or less often: evaluate, keep the best
+                    last = self._out_of_time() or position.epoch + 1 == config.training.epochs
+                    if last or (position.epoch + 1) % config.training.evaluate_every == 0:
+                        self._validate_and_keep(position, log)
+                    position.finished = last or position.stale >= config.training.patience
+                    position.epoch, position.batch = position.epoch + 1, 0
+                    loader = self.loader(position)
+                self._checkpoint(checkpoints, state, position, log)
+        return position.best
 
-    def _keep(self, state: dict[str, torch.Tensor], record: dict) -> None:
-        """Make these weights RUN/best; they are whole on the first rank only."""
+    def _steps(self, loader: Loader, schedule: Schedule, position: Position) -> Iterator[Stepped]:
+        """One epoch's steps from the position on.
+
+        Raises:
+            ConfigError: the loss is not finite; the batch is kept for `m5 replay`.
+        """
+        self.model.train()
+
+        def watched() -> Iterator[Batch]:
+            for batch in loader:
+                self.watchdog.beat(f"epoch {position.epoch + 1}, step {position.step + 1}")
+                yield batch
+
+        try:
+            yield from self.stepper.steps(watched(), lambda: schedule.factor(position.step, self.pulse.seconds))
+        except NonFiniteLoss as error:
+            self._keep_for_replay(loader, position, error.loss)
+
+    def _keep_for_replay(self, loader: Loader, position: Position, loss: float) -> None:
+        state = whole_state(self.model, self.place.device, prefix="")
+        where = f"step {position.step} of epoch {position.epoch + 1}"
         if self.place.first:
-            record["content"] = content_digest(self.dataset, self.config.model.content)
-            save_weights(self.config.out, state, self.dataset.manifest, record)
+            place = {"epoch": position.epoch, "step": position.step, "batch": position.batch, "loss": loss}
+            save_replay(self.config.out, loader.whole(position.batch), state, place)
+        raise ConfigError(
+            f"training diverged: the loss is {loss} at {where}. Lower optimizer.lr, optimizer.table_lr or "
+            f"optimizer.expert_lr. `m5 replay {self.config.out}` runs the batch again and names the first layer that "
+            "is not finite."
+        )
 
-    def _out_of_time(self, began: float) -> bool:
-        """Whether the first rank's clock has passed `max_minutes`; all ranks stop together."""
-        late = self.place.first and time.monotonic() - began > 60 * (self.config.training.max_minutes or math.inf)
-        return sum_over_ranks(float(late), self.place.device) > 0
+    def _validate_and_keep(self, position: Position, log: TrainingLog) -> None:
+        """Validate; make these weights RUN/best if they are."""
+        metrics, state = self.validate()
+        improved = metrics[self.config.training.metric] > position.best.get(self.config.training.metric, -1.0)
+        position.stale = 0 if improved else position.stale + 1
+        if improved:
+            position.best = metrics
+            if self.place.first:
+                record = {"step": position.step, "epoch": position.epoch, "valid": metrics}
+                record["seconds"] = self.pulse.seconds
+                record["content"] = content_digest(self.dataset, self.config.model.content)
+                save_weights(self.config.out, state, self.dataset.manifest, record)
+        log.validation(position, metrics, improved)
 
+    def _checkpoint(self, checkpoints: Checkpoints, state: dict, position: Position, log: TrainingLog) -> None:
+        position.seconds = position.saved_at = self.pulse.seconds
+        position.log = log.state()
+        checkpoints.save(state, {**position.record(), **self.identity, "config": self.config.model_dump(mode="json")})
 
-def _fresh_folder(config: RunConfig) -> None:
-    """Make RUN, taking an earlier run's results away so that they cannot be read as this one's."""
-    out = Path(config.out)
-    if out.exists() and not (out / "config.yaml").is_file() and any(out.iterdir()):
-        raise ConfigError(f"{out} exists and is not a run of m5; choose another --out.")
-    for name in (BEST, "tensorboard"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "evaluation.json"):
-        (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    config.write(out / "config.yaml")
+    def _out_of_time(self) -> bool:
+        """Whether the first rank's clock has passed `max_minutes`; all ranks go by it."""
+        return self.pulse.seconds > 60 * (self.config.training.max_minutes or math.inf)
 
 
 if __name__ == "__main__":

@@ -121,23 +121,76 @@ def test_a_batch_is_the_same_whenever_it_is_made(tmp_path: Path) -> None:
     assert all(same(first, second) for first, second in zip(once, again, strict=True))
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 9])  # of nine ranks one has nothing in a batch of eight
 def test_ranks_partition_every_batch_and_share_candidates(tmp_path: Path, world_size: int) -> None:
     drops = ("model.id_dropout=0.3", "candidates.kind=sampled", "candidates.count=5")
     builder = builder_of(tmp_path, "sequences.requests=2", *drops, users=41)
-    alone = [b for b in Loader(builder, seed=0, epoch=0) if b.size[0] >= world_size]
+    alone = list(Loader(builder, seed=0, epoch=0))
     ranks = [Loader(builder, seed=0, epoch=0, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert {len(loader) for loader in ranks} == {len(alone)}
     for whole, *parts in zip(alone, *ranks, strict=True):
         events = np.concatenate([part.event_P.numpy() for part in parts])
         np.testing.assert_array_equal(np.sort(events), np.sort(whole.event_P.numpy()))
-        negatives = len(whole.log_q_C)
-        rows = whole.sparse["candidates"].values()[:negatives]
+        assert {part.ranks_P for part in parts} == {tuple(len(part.event_P) for part in parts)}
+        # The ranks' slices are the negatives, each once, and the same titles have lost their ID on all ranks.
+        slices = [slice(len(part.log_q_C)) for part in parts]
+        assert max(len(part.log_q_C) for part in parts) == parts[0].longest_slice
+        for name in ("candidate_C", "log_q_C"):
+            joined = np.concatenate([getattr(part, name)[cut] for part, cut in zip(parts, slices, strict=True)])
+            np.testing.assert_array_equal(joined, getattr(whole, name)[: len(whole.log_q_C)])
+        rows = [part.sparse["candidates"].values()[cut] for part, cut in zip(parts, slices, strict=True)]
+        np.testing.assert_array_equal(np.concatenate(rows), whole.sparse["candidates"].values()[: len(whole.log_q_C)])
         for part in parts:
-            np.testing.assert_array_equal(part.candidate_C[:negatives], whole.candidate_C[:negatives])
-            np.testing.assert_array_equal(part.log_q_C, whole.log_q_C)
-            # The same titles have lost their ID on all ranks.
-            np.testing.assert_array_equal(part.sparse["candidates"].values()[:negatives], rows)
+            np.testing.assert_array_equal(part.candidate_C[part.positive_P], part.target_P)
+
+
+def sequences_of(batch: Batch) -> dict[tuple[int, ...], tuple]:
+    """What chance decided, by the events that a sequence asks for."""
+    row_P = (batch.request_P // batch.size[1]).tolist()
+    hidden = set(batch.masked_Q.tolist())
+    found = {}
+    for row in set(row_P):
+        mine = [place for place, owner in enumerate(row_P) if owner == row]
+        masked = tuple(flat % batch.size[1] for flat in hidden if flat // batch.size[1] == row)
+        scenario = tuple(map(tuple, batch.scenario_PM[mine].tolist()))
+        found[tuple(batch.event_P[mine].tolist())] = (int(batch.draw_B[row]), scenario, sorted(masked))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_chance_decides_the_same_for_any_number_of_ranks(tmp_path: Path, world_size: int) -> None:
+    """Dropout keys, forgotten scenarios and masked titles belong to a sequence, whoever computes it."""
+    drops = ("model.scenario_dropout=0.4", "model.mlm_weight=0.1", "model.mlm_share=0.3")
+    paper = ("model.attention=bidirectional", "sequences.requests=1")
+    builder = builder_of(tmp_path, *paper, *drops, users=41)
+    ranks = [Loader(builder, seed=0, epoch=0, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for whole, *parts in zip(Loader(builder, seed=0, epoch=0), *ranks, strict=True):
+        together = {}
+        for part in parts:
+            together |= sequences_of(part)
+        assert together == sequences_of(whole)
+        assert parts[0].ranks_Q == tuple(len(part.masked_Q) for part in parts)
+        assert len(set(whole.draw_B.tolist())) == whole.size[0]
+
+
+def test_in_batch_negatives_are_the_targets_of_all_ranks(tmp_path: Path) -> None:
+    builder = builder_of(tmp_path, "candidates.kind=in-batch", users=20)
+    batch = next(iter(Loader(builder, seed=0, epoch=0)))
+    parts = [next(iter(Loader(builder, seed=0, epoch=0, rank=rank, world_size=2))) for rank in range(2)]
+    targets = np.unique(np.concatenate([part.target_P for part in parts]))
+    np.testing.assert_array_equal(batch.candidate_C, targets)
+    np.testing.assert_array_equal(np.concatenate([part.candidate_C[: len(part.log_q_C)] for part in parts]), targets)
+    count = builder.dataset.titles["train_count"].to_numpy()
+    q = count[targets] / count.sum()
+    np.testing.assert_allclose(batch.log_q_C, np.log(1 - (1 - q) ** len(batch.target_P)), rtol=1e-5)
+
+
+def test_a_loader_can_begin_in_the_middle(tmp_path: Path) -> None:
+    builder = builder_of(tmp_path, "sequences.requests=2", "model.id_dropout=0.3", users=40)
+    whole = list(Loader(builder, seed=3, epoch=1))
+    rest = Loader(builder, seed=3, epoch=1, first=2)
+    assert len(rest) == len(whole) > 3
+    assert all(same(first, second) for first, second in zip(rest, whole[2:], strict=True))
 
 
 def test_sequences_per_epoch_is_a_random_part(tmp_path: Path) -> None:
@@ -159,9 +212,6 @@ def test_sampled_negatives_and_their_log_q(tmp_path: Path) -> None:
     assert not cold[negatives].any()
     np.testing.assert_allclose(batch.log_q_C, np.log(1 - (1 - q[negatives]) ** 7), rtol=1e-5)
     np.testing.assert_array_equal(batch.candidate_C[batch.positive_P], batch.target_P)
-    is_negative = np.isin(batch.target_P, negatives)
-    np.testing.assert_array_equal(batch.own_P >= 0, is_negative)
-    np.testing.assert_array_equal(negatives[batch.own_P[is_negative]], batch.target_P[is_negative])
 
 
 def test_full_candidates_are_all_warm_titles(tmp_path: Path) -> None:
@@ -169,7 +219,7 @@ def test_full_candidates_are_all_warm_titles(tmp_path: Path) -> None:
     batch = next(iter(Loader(builder, seed=0, epoch=0)))
     np.testing.assert_array_equal(batch.candidate_C, np.flatnonzero(~builder.dataset.titles["cold"]))
     assert not batch.log_q_C.any()
-    np.testing.assert_array_equal(batch.candidate_C[batch.own_P], batch.target_P)
+    np.testing.assert_array_equal(batch.candidate_C[batch.positive_P], batch.target_P)
 
 
 def test_dropped_titles_lose_their_id_as_behaviour_and_as_candidate(tmp_path: Path) -> None:
@@ -218,11 +268,11 @@ def test_the_threads_exception_reaches_the_consumer(tmp_path: Path, monkeypatch:
     loader = Loader(builder, seed=0, epoch=0)
     build, made = builder.build, []
 
-    def broken(windows, generator):
+    def broken(windows, generator, **part):
         made.append(windows)
         if len(made) == 2:
             raise OSError("disk is gone")
-        return build(windows, generator)
+        return build(windows, generator, **part)
 
     monkeypatch.setattr(builder, "build", broken)
     batches = iter(loader)

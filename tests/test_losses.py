@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from m5 import losses
+from m5 import losses, train
 from m5.assemble import build_model
 from m5.batch import Batch
 from m5.data.sequences import BatchBuilder
-from m5.eligibility import Eligibility
-from m5.losses import M5Train, candidate_softmax
+from m5.losses import M5Train, candidate_softmax, place_among
 from tests import reference
 from tests.world import REGIONAL, tiny_config, write_world
 
@@ -54,7 +53,7 @@ def both_losses(case: dict[str, Tensor], *, playable: bool, log_q: bool, precisi
                 key,
                 positive,
                 log_q_C=log_q_C,
-                own_P=case["own"],
+                own_G=case["own"],
                 playable=(lambda rows: case["playable"][rows]) if playable else None,
                 precision=precision,
             )
@@ -72,7 +71,7 @@ def both_losses(case: dict[str, Tensor], *, playable: bool, log_q: bool, precisi
 def test_loss_and_gradients_equal_loops(
     case: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, chunk_elements: int, playable: bool, log_q: bool
 ) -> None:
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(losses, "CPU_CHUNK", chunk_elements)
     ours, slow = both_losses(case, playable=playable, log_q=log_q, precision=torch.float32)
     for mine, theirs in zip(ours, slow, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
@@ -91,7 +90,7 @@ def test_all_playable_full_catalogue_is_cross_entropy(case: dict[str, Tensor]) -
     for ours in (True, False):
         query, key = (case[name].clone().requires_grad_() for name in ("query", "key"))
         if ours:
-            loss = candidate_softmax(query, key, key[target_P], log_q_C=torch.zeros(CANDIDATES), own_P=target_P)
+            loss = candidate_softmax(query, key, key[target_P], log_q_C=torch.zeros(CANDIDATES), own_G=target_P)
         else:
             loss = functional.cross_entropy(query @ key.T, target_P, reduction="sum")
         loss.backward()
@@ -108,7 +107,7 @@ def test_nothing_playable_but_the_target_costs_nothing(case: dict[str, Tensor]) 
         case["key"],
         case["positive"],
         log_q_C=case["log_q"],
-        own_P=case["own"],
+        own_G=case["own"],
         playable=lambda rows: nothing[rows],
     )
     loss.backward()
@@ -119,7 +118,7 @@ def test_nothing_playable_but_the_target_costs_nothing(case: dict[str, Tensor]) 
 def test_huge_scores_stay_finite(case: dict[str, Tensor]) -> None:
     query = (1e4 * case["query"]).requires_grad_()
     loss = candidate_softmax(
-        query, case["key"], case["positive"], log_q_C=case["log_q"], own_P=case["own"], playable=None
+        query, case["key"], case["positive"], log_q_C=case["log_q"], own_G=case["own"], playable=None
     )
     loss.backward()
     assert torch.isfinite(loss)
@@ -150,18 +149,7 @@ def training_model(folder: Path, *overrides: str, rights: bool = False) -> tuple
     dataset = write_world(folder / "data", rights=rights)
     config = tiny_config(folder / "data", folder / "run", *overrides)
     builder = BatchBuilder(dataset, config)
-    eligibility = Eligibility.from_dataset(dataset)
-
-    def playable(rights_PM: Tensor, timestamp_P: Tensor, title_C: Tensor) -> Tensor:
-        return eligibility.mask(rights_PM, timestamp_P)[:, title_C]
-
-    torch.manual_seed(0)
-    model = M5Train(
-        model=build_model(dataset, config),
-        playable=playable if eligibility is not None else None,
-        mlm_weight=config.model.mlm_weight,
-        width=config.model.width,
-    )
+    model = train.training_model(dataset, config, build_model(dataset, config))
     split = np.asarray(dataset.event_array("split"))
     users = np.flatnonzero(np.diff(dataset.offsets))
     count = np.array([(split[dataset.offsets[u] : dataset.offsets[u + 1]] == 0).sum() for u in users])
@@ -202,17 +190,16 @@ def test_masked_titles_are_hidden_and_scored(tmp_path: Path) -> None:
     history = batch.sparse["history"].values()
     place_of = {int(flat): place for place, flat in enumerate(batch.history_T)}
     assert all(history[place_of[int(flat)]] == n_titles + 2 for flat in batch.masked_Q)
-    model.mlm_weight = 0.0
     matching = candidate_softmax(
         scores.query_PQ,
         scores.key_CQ[: len(batch.log_q_C)],
         scores.key_CQ[batch.positive_P],
         log_q_C=batch.log_q_C,
-        own_P=batch.own_P,
+        own_G=place_among(batch.candidate_C[: len(batch.log_q_C)], batch.target_P),
     )
     titles = []
     for flat, place in zip(batch.masked_Q.tolist(), batch.masked_place_Q.tolist(), strict=True):
-        state = model.mlm_projection(scores.h_BLD.flatten(0, 1)[flat])
+        state = model.loss.mlm_projection(scores.h_BLD.flatten(0, 1)[flat])
         logits = torch.stack([state @ key for key in scores.id_key_CD])
         titles.append(torch.logsumexp(logits, 0) - logits[place])
     expected = matching + 0.5 * torch.stack(titles).mean() * batch.request_P.numel()

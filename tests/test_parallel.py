@@ -14,11 +14,9 @@ from torch import Tensor
 from m5.assemble import ROWS_PER_SEED, build_model, initial_rows
 from m5.config import RunConfig
 from m5.data.loader import Loader
-from m5.eligibility import Eligibility
-from m5.losses import M5Train
 from m5.parallel import World, whole_state, world
 from m5.predict import Predictor
-from m5.train import Trainer
+from m5.train import Trainer, training_model
 from tests import reference
 from tests.world import tiny_config, write_world
 
@@ -39,15 +37,13 @@ def few_steps(config: RunConfig, place: World) -> dict:
     Adam would blow rounding differences of vanishing gradients up to full steps.
     """
     trainer = Trainer(config, place)
-    trainer.optimizer = torch.optim.SGD(trainer.dense.values(), lr=config.optimizer.lr)
+    stepper = trainer.stepper
+    stepper.optimizer = torch.optim.SGD(stepper.dense.values(), lr=config.optimizer.lr)
     first = {name: value.clone() for name, value in whole_state(trainer.model, place.device).items()}
     losses: list[float] = []
     trainer.model.train()
     for batch in Loader(trainer.builder, seed=0, epoch=0, rank=place.rank, world_size=place.size):
-        loss, _, _ = trainer.step(batch, 1.0)
-        total = torch.tensor(loss, dtype=torch.float64)
-        dist.all_reduce(total)
-        losses.append(float(total))
+        losses.append(stepper.step(batch, 1.0).loss)
         if len(losses) == STEPS:
             break
     return {"first": first, "losses": losses, "last": whole_state(trainer.model, place.device)}
@@ -132,22 +128,15 @@ def test_sharded_equals_plain_after_one_step(folder: Path, name: str) -> None:
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"clip": 1e9})})
     with world("cpu") as place:
         trainer = Trainer(config, place)
-        eligibility = Eligibility.from_dataset(trainer.dataset)
-        plain = M5Train(
-            model=build_model(trainer.dataset, config),
-            playable=lambda rights, time, title: eligibility.mask(rights, time)[:, title],
-            mlm_weight=0.0,
-            width=config.model.width,
-        )
+        plain = training_model(trainer.dataset, config, build_model(trainer.dataset, config))
         plain.model.load_state_dict(whole_state(trainer.model, place.device))
         batch = next(iter(Loader(trainer.builder, seed=0, epoch=0)))
         loss, _ = plain(batch)
         (loss / batch.request_P.numel()).backward()
-        sharded_loss, _, _ = trainer.step(batch, 1.0)
-        assert sharded_loss == pytest.approx(float(loss), rel=1e-5)
+        assert trainer.stepper.step(batch, 1.0).loss == pytest.approx(float(loss), rel=1e-5)
         dense = dict(plain.named_parameters())
         compared = 0
-        for key, parameter in trainer.dense.items():
+        for key, parameter in trainer.stepper.dense.items():
             torch.testing.assert_close(parameter.grad, dense[key].grad, rtol=1e-4, atol=1e-6, msg=key)
             compared += 1
         after = whole_state(trainer.model, place.device)

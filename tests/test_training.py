@@ -65,8 +65,8 @@ def fit(trainer: Trainer, epochs: int) -> list[float]:
     for epoch in range(epochs):
         total = targets = 0.0
         for batch in Loader(trainer.builder, seed=0, epoch=epoch):
-            loss, count, _ = trainer.step(batch, 1.0)
-            total, targets = total + loss, targets + count
+            taken = trainer.stepper.step(batch, 1.0)
+            total, targets = total + taken.loss, targets + taken.requests
         losses.append(total / targets)
     return losses
 
@@ -122,7 +122,8 @@ def lines(run: Path, kind: str) -> list[dict]:
 
 def test_run_leaves_its_files(run: tuple[Path, dict[str, float]], data: Path) -> None:
     folder, _ = run
-    assert {path.name for path in folder.iterdir()} == {"best", "config.yaml", "metrics.jsonl", "tensorboard"}
+    files = {"best", "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"}
+    assert {path.name for path in folder.iterdir()} == files
     assert {path.name for path in (folder / "best").iterdir()} == {"checkpoint.json", "weights.safetensors"}
     assert any((folder / "tensorboard").iterdir())
     config = RunConfig.read(folder / "config.yaml")

@@ -64,23 +64,30 @@ class Loader:
     Args:
         builder: makes the batches.
         seed, epoch: fix the order and every random choice in it.
-        rank, world_size: every rank takes each world_size-th sequence of a global batch; a batch with fewer
-            sequences than ranks is left out on all of them, so that ranks agree on the number of steps.
+        rank, world_size: every rank takes each world_size-th sequence of a global batch. All make as many batches: one
+            whose share is empty makes a batch without request.
+        first: number of the epoch's batch to begin with, for a run that is resumed.
     """
 
-    def __init__(self, builder: BatchBuilder, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, builder: BatchBuilder, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first: int = 0
+    ):
         self.builder, self.seed, self.epoch = builder, seed, epoch
-        self.rank, self.world_size = rank, world_size
-        self.batches = [b for b in epoch_batches(builder, seed=seed, epoch=epoch) if len(b) >= world_size]
+        self.rank, self.world_size, self.first = rank, world_size, first
+        self.batches = epoch_batches(builder, seed=seed, epoch=epoch)
 
     def __len__(self) -> int:
+        """Batches of the whole epoch, those before `first` included."""
         return len(self.batches)
 
     def _make(self, index: int) -> Batch:
-        # The draws are the batch's, not the rank's: all ranks share candidates and dropped titles.
         # Counted from 1, because NumPy pads seeds with zeros: [seed, epoch, 0] would repeat the order's stream.
         generator = np.random.default_rng([self.seed, self.epoch, 1 + index])
-        return self.builder.build(self.batches[index][self.rank :: self.world_size], generator)
+        return self.builder.build(self.batches[index], generator, rank=self.rank, world_size=self.world_size)
+
+    def whole(self, index: int) -> Batch:
+        """The epoch's batch of that number as a single rank would have it."""
+        return Loader(self.builder, seed=self.seed, epoch=self.epoch)._make(index)
 
     def __iter__(self) -> Iterator[Batch]:
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(self.builder.config.sequences.prefetch)
@@ -95,7 +102,7 @@ class Loader:
 
         def produce() -> None:
             try:
-                for index in range(len(self.batches)):
+                for index in range(self.first, len(self.batches)):
                     if stop.is_set():
                         return
                     offer(self._make(index))

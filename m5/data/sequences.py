@@ -43,6 +43,10 @@ class Windows:
         return len(self.start)
 
 
+# One sequence that has its start position and no request: what a rank does in a batch of fewer sequences than ranks.
+IDLE = Windows(start=np.zeros(1, dtype=np.int64), last=np.zeros(1, dtype=np.int64), first=np.ones(1, dtype=np.int64))
+
+
 class Behaviours(NamedTuple):
     """What a user did and asks now, already as indices: an ad-hoc viewer, or rows cut from the dataset.
 
@@ -65,6 +69,32 @@ class Requests(NamedTuple):
     context: np.ndarray
     user: np.ndarray
     event: np.ndarray
+
+
+class Draws(NamedTuple):
+    """What chance decides in a training batch: drawn for the batch of all ranks, then cut to this rank's part.
+
+    Every rank draws the same numbers in the same order, so that a batch is the same however many ranks share it.
+
+    Attributes:
+        lost_N: bool, titles that lose their ID embedding.
+        negative, log_q: this rank's slice of the negatives, ascending, and their log expected number of draws.
+        forget_PM: bool, scenario values that the model does not see.
+        masked_BL: bool, behaviours hidden for the masked-language-model loss.
+        key_B: int32, dropout keys.
+        ranks_P, ranks_Q: requests and masked behaviours of every rank.
+        longest_slice: negatives of the rank that has most of them.
+    """
+
+    lost_N: np.ndarray
+    negative: np.ndarray
+    log_q: np.ndarray
+    forget_PM: np.ndarray
+    masked_BL: np.ndarray
+    key_B: np.ndarray
+    ranks_P: tuple[int, ...]
+    ranks_Q: tuple[int, ...]
+    longest_slice: int
 
 
 class Candidates(NamedTuple):
@@ -104,8 +134,10 @@ class BatchBuilder:
         categories = titles["category"].to_numpy(np.int64)
         self.category = categories if config.model.categories else np.zeros_like(categories)
         self.warm = np.flatnonzero(~self.cold)
-        weight = (titles["train_count"].to_numpy(np.float64)[self.warm] + 1) ** config.candidates.power
+        count = titles["train_count"].to_numpy(np.float64)
+        weight = (count[self.warm] + 1) ** config.candidates.power
         self.sampling_probability = weight / weight.sum()
+        self.target_share = count / max(1.0, count.sum())
         self.expert_rows = expert_rows(config.model.mixing_width, config.model.width)
 
     # ---- from the dataset ------------------------------------------------------------------------------------
@@ -148,16 +180,74 @@ class BatchBuilder:
             event=event,
         )
 
-    def build(self, windows: Windows, generator: np.random.Generator | None) -> Batch:
+    def build(
+        self, windows: Windows, generator: np.random.Generator | None, *, rank: int = 0, world_size: int = 1
+    ) -> Batch:
         """Windows -> Batch.
 
         Args:
-            windows: B sequences.
+            windows: the sequences of all ranks; a rank takes each world_size-th. One that gets none builds a sequence
+                without request, so that it takes part in the step.
             generator: draws candidates, dropped and masked titles for a training batch; None for evaluation, where
                 nothing is dropped and no candidate is looked up, since a query needs none.
+            rank, world_size: which part to build.
         """
-        behaviours = self._behaviours(windows)
-        return self.assemble(behaviours, self._requests(windows, behaviours.title.shape[1]), generator)
+        mine = windows[rank::world_size] if len(windows) > rank else IDLE
+        behaviours = self._behaviours(mine)
+        requests = self._requests(mine, behaviours.title.shape[1])
+        draws = None if generator is None else self._draw(windows, generator, rank, world_size)
+        return self.assemble(behaviours, requests, draws)
+
+    # ---- chance ----------------------------------------------------------------------------------------------
+
+    def _draw(self, windows: Windows, generator: np.random.Generator, rank: int, world_size: int) -> Draws:
+        """All that chance decides in the batch of all ranks, cut to this rank's part."""
+        model = self.config.model
+        lost_N = generator.random(self.n_titles) < model.id_dropout
+        negative, log_q = self._negatives(windows, generator)
+        requests_B, length_B = windows.last - windows.first + 1, windows.last - windows.start + 1
+        key_B = generator.integers(-(2**31), 2**31, len(windows), dtype=np.int32)
+        forget_PM = generator.random((requests_B.sum(), len(self.all_scenarios))) < model.scenario_dropout
+        column_L = np.arange(int(length_B.max()))
+        masked_BL = np.zeros((len(windows), len(column_L)), dtype=bool)
+        if model.mlm_weight:
+            masked_BL = generator.random(masked_BL.shape) < model.mlm_share
+            masked_BL &= (column_L > 0) & (column_L < length_B[:, None])
+        masked_B = masked_BL.sum(1)
+        rank_B = np.arange(len(windows)) % world_size
+        mine_B = rank_B == rank
+        place = np.array_split(np.arange(len(negative)), world_size)[rank]
+        if mine_B.any():
+            masked_BL = masked_BL[mine_B, : int(length_B[mine_B].max())]
+        return Draws(
+            lost_N=lost_N,
+            negative=negative[place],
+            log_q=log_q[place],
+            forget_PM=forget_PM[np.repeat(mine_B, requests_B)],
+            masked_BL=masked_BL if mine_B.any() else np.zeros((1, 1), dtype=bool),
+            key_B=key_B[mine_B] if mine_B.any() else key_B[:1],
+            ranks_P=_sum_by_rank(requests_B, rank_B, world_size),
+            ranks_Q=_sum_by_rank(masked_B, rank_B, world_size),
+            longest_slice=-(-len(negative) // world_size),
+        )
+
+    def _negatives(self, windows: Windows, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Titles, ascending, that all requests of all ranks are scored against, and their log Q.
+
+        Q is the probability of a title to be among the negatives, since repeated draws count once. Cold titles are no
+        negatives.
+        """
+        kind, count = self.config.candidates.kind, self.config.candidates.count
+        if kind == "full":
+            return self.warm, np.zeros(len(self.warm))
+        if kind == "in-batch":
+            requests = windows.last - windows.first + 1
+            before = np.repeat(np.cumsum(requests) - requests, requests)
+            event = np.arange(requests.sum()) - before + np.repeat(windows.first, requests)
+            drawn = np.unique(self.title[event]).astype(np.int64)
+            return drawn, np.log(-np.expm1(len(event) * np.log1p(-self.target_share[drawn])))
+        drawn = np.unique(generator.choice(len(self.warm), count, p=self.sampling_probability))
+        return self.warm[drawn], np.log(-np.expm1(count * np.log1p(-self.sampling_probability[drawn])))
 
     # ---- from indices ----------------------------------------------------------------------------------------
 
@@ -194,29 +284,26 @@ class BatchBuilder:
         self,
         behaviours: Behaviours,
         requests: Requests,
-        generator: np.random.Generator | None,
+        draws: Draws | None,
         catalogue: bool = False,
     ) -> Batch:
-        """Behaviours and requests as indices -> Batch; `build` explains the generator, `catalogue` the last."""
-        model = self.config.model
-        L = behaviours.title.shape[1]
+        """Behaviours and requests as indices -> Batch; without draws for evaluation. `catalogue` explains the last."""
+        B, L = behaviours.title.shape
         history = np.flatnonzero(np.arange(L) < behaviours.length[:, None])
         title = behaviours.title.copy()
         category = np.append(self.category, -1)[np.minimum(title, self.n_titles)]
-        masked = np.zeros(0, dtype=np.int64)
         has_id = np.append(~self.cold, True)
-        scenario = requests.scenario
-        negatives, log_q = (np.arange(self.n_titles) if catalogue else np.zeros(0, dtype=np.int64)), None
-        if generator is not None:
-            # First what all ranks share, then what depends on this rank's sequences.
-            has_id[:-1] &= generator.random(self.n_titles) >= model.id_dropout
-            negatives, log_q = self._negatives(generator)
-            scenario = np.where(generator.random(scenario.shape) < model.scenario_dropout, 0, scenario)
-            if model.mlm_weight:
-                masked = self._masked_positions(title, generator)
+        if draws is None:
+            masked, scenario, key_B = np.zeros(0, dtype=np.int64), requests.scenario, np.zeros(B, dtype=np.int32)
+            negative = np.arange(self.n_titles if catalogue else 0)
+            candidates = self._candidates(negative, np.zeros(len(negative)), negative[:0])
+        else:
+            masked, key_B = np.flatnonzero(draws.masked_BL), draws.key_B
+            has_id[:-1] &= ~draws.lost_N
+            scenario = np.where(draws.forget_PM, 0, requests.scenario)
+            wanted = np.concatenate([requests.target, title.flat[masked]])
+            candidates = self._candidates(draws.negative, draws.log_q, wanted)
         hidden_title = title.flat[masked]
-        wanted = np.concatenate([requests.target, hidden_title]) if generator is not None else hidden_title
-        candidates = self._candidates(negatives, log_q, wanted)
         title.flat[masked] = self.n_titles + MASK
 
         def table_row(titles: np.ndarray) -> np.ndarray:
@@ -226,7 +313,6 @@ class BatchBuilder:
         sparse = {"history": table_row(title.flat[history]), "candidates": table_row(candidates.title)}
         sparse |= self._feature_rows(behaviours, requests, history, visible)
         experts, group = self._experts(visible)
-        place = candidates.place[requests.target]
         tensors = {
             "title_BL": title,
             "category_BL": category,
@@ -236,8 +322,7 @@ class BatchBuilder:
             "target_P": requests.target,
             "candidate_C": candidates.title,
             "log_q_C": candidates.log_q.astype(np.float32),
-            "positive_P": place,
-            "own_P": np.where(place < len(candidates.log_q), place, -1),
+            "positive_P": candidates.place[requests.target],
             "scenario_PM": visible,
             "rights_PM": requests.scenario,
             "group_PM": group,
@@ -245,10 +330,14 @@ class BatchBuilder:
             "event_P": requests.event,
             "masked_Q": masked,
             "masked_place_Q": candidates.place[hidden_title],
+            "draw_B": key_B,
         }
         return Batch(
             sparse=jagged({key: _tensor(rows) for key, rows in sparse.items()}),
             experts=experts,
+            ranks_P=(len(requests.target),) if draws is None else draws.ranks_P,
+            ranks_Q=(0,) if draws is None else draws.ranks_Q,
+            longest_slice=len(candidates.log_q) if draws is None else draws.longest_slice,
             **{key: _tensor(values) for key, values in tensors.items()},
         )
 
@@ -270,26 +359,12 @@ class BatchBuilder:
             rows[f"scenario_{name}"] = scenario[:, column]
         return rows
 
-    def _masked_positions(self, title: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        behaviour = np.flatnonzero(title.ravel() < self.n_titles)
-        return behaviour[generator.random(len(behaviour)) < self.config.model.mlm_share]
-
-    def _negatives(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
-        """Titles that all requests of the batch are scored against, and their log Q. Cold titles are no negatives."""
-        if self.config.candidates.kind == "full":
-            return self.warm, None
-        count = self.config.candidates.count
-        drawn = np.unique(generator.choice(len(self.warm), count, p=self.sampling_probability))
-        # Probability of being among `count` draws, since repeated draws count once.
-        return self.warm[drawn], np.log(-np.expm1(count * np.log1p(-self.sampling_probability[drawn])))
-
-    def _candidates(self, negatives: np.ndarray, log_q: np.ndarray | None, wanted: np.ndarray) -> Candidates:
+    def _candidates(self, negatives: np.ndarray, log_q: np.ndarray, wanted: np.ndarray) -> Candidates:
         """The negatives, then those `wanted` titles that are not among them."""
         place = np.full(self.n_titles, -1, dtype=np.int64)
         place[negatives] = np.arange(len(negatives))
         missing = np.unique(wanted[place[wanted] < 0])
         place[missing] = len(negatives) + np.arange(len(missing))
-        log_q = np.zeros(len(negatives)) if log_q is None else log_q
         return Candidates(np.concatenate([negatives, missing]), log_q, place)
 
     def _experts(self, scenario: np.ndarray):
@@ -308,6 +383,10 @@ class BatchBuilder:
 def scenario_names(dataset: PreparedDataset, config: RunConfig) -> tuple[str, ...]:
     """Scenario dimensions that the model sees: all of the dataset's, or none for the scenario-blind control."""
     return () if config.model.mixing == "mlp" else tuple(v.name for v in dataset.manifest.scenarios)
+
+
+def _sum_by_rank(value_B: np.ndarray, rank_B: np.ndarray, world_size: int) -> tuple[int, ...]:
+    return tuple(np.bincount(rank_B, weights=value_B, minlength=world_size).astype(int).tolist())
 
 
 def _columns(arrays: list[np.ndarray], rows: np.ndarray) -> np.ndarray:

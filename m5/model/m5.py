@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchrec import EmbeddingCollection
 
 from m5.batch import Batch
+from m5.model.keyed_dropout import position_keys
 from m5.model.multi_interest_extraction import MultiInterestExtraction
 from m5.model.multi_modal_embedding import Embedded, MultiModalEmbedding
 from m5.model.multi_scenario_mixing import FeatureCrossing, Mixed, MultiScenarioMixing
@@ -49,9 +50,10 @@ class Tower(nn.Module):
         self.mixing = mixing
 
     def forward(self, e_BLD: Tensor, embedded: Embedded, owned_URH: list[Tensor], batch: Batch) -> TowerOutput:
+        draw_BL = position_keys(batch.draw_B, e_BLD.shape[1])
         valid_BL = torch.arange(e_BLD.shape[1], device=e_BLD.device) < batch.length_B.unsqueeze(-1)
         interest_PXD, h_BLD = self.extraction(
-            e_BLD, embedded.subsidiary_BLF, batch.category_BL, valid_BL, batch.request_P
+            e_BLD, embedded.subsidiary_BLF, batch.category_BL, valid_BL, batch.request_P, draw_BL
         )
         mixed = self.mixing(
             interest_PXD,
@@ -60,6 +62,7 @@ class Tower(nn.Module):
             owned_URH,
             batch.group_PM,
             batch.scenario_PM,
+            draw_BL.flatten().index_select(0, batch.request_P),
         )
         return TowerOutput(mixed, interest_PXD, h_BLD)
 

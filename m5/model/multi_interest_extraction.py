@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from m5.model.keyed_dropout import KeyedDropout
+
 MAX_SLOPE = 0.5  # per behaviour: the interest then lives in the last two or three behaviours of its category
 MAX_SLOPE_EXPONENT = 40.0  # slope x history: exp() of it, times a long history's sum, stays inside float32
 MAX_INTENSITY = 10.0
@@ -49,10 +51,14 @@ class TransformerBlock(nn.Module):
         self.perceptron_norm = nn.LayerNorm(width, device=device)
         self.perceptron_hidden = nn.Linear(width, 4 * width, device=device)
         self.perceptron_output = nn.Linear(4 * width, width, device=device)
-        self.dropout = nn.Dropout(dropout)
+        self.attention_dropout = KeyedDropout(dropout, width)
+        self.perceptron_dropout = KeyedDropout(dropout, width)
 
-    def forward(self, x_BLD: Tensor, valid_BL: Tensor) -> Tensor:
-        """[B, L, D], bool [B, L] -> [B, L, D]. With causal attention right padding needs no mask: it lies ahead."""
+    def forward(self, x_BLD: Tensor, valid_BL: Tensor, draw_BL: Tensor | None = None) -> Tensor:
+        """[B, L, D], bool [B, L], int32 dropout keys [B, L] -> [B, L, D].
+
+        With causal attention right padding needs no mask: it lies ahead.
+        """
         B, L, D = x_BLD.shape
         packed = self.query_key_value(self.attention_norm(x_BLD)).view(B, L, 3, self.heads, D // self.heads)
         query_BHLX, key_BHLX, value_BHLX = packed.permute(2, 0, 3, 1, 4).unbind(0)
@@ -64,9 +70,9 @@ class TransformerBlock(nn.Module):
             is_causal=self.causal,
         )
         attended_BLD = attended_BHLX.transpose(1, 2).reshape(B, L, D)
-        x_BLD = x_BLD + self.dropout(self.attention_output(attended_BLD))
+        x_BLD = x_BLD + self.attention_dropout(self.attention_output(attended_BLD), draw_BL)
         hidden = functional.gelu(self.perceptron_hidden(self.perceptron_norm(x_BLD)))
-        return x_BLD + self.dropout(self.perceptron_output(hidden))
+        return x_BLD + self.perceptron_dropout(self.perceptron_output(hidden), draw_BL)
 
 
 class SubsidiaryIntensity(nn.Module):
@@ -176,7 +182,13 @@ class MultiInterestExtraction(nn.Module):
         self.aggregation = CategoryAggregation(width=width, categories=categories, history=history, device=device)
 
     def forward(
-        self, e_BLD: Tensor, subsidiary_BLF: Tensor, category_BL: Tensor, valid_BL: Tensor, request_P: Tensor
+        self,
+        e_BLD: Tensor,
+        subsidiary_BLF: Tensor,
+        category_BL: Tensor,
+        valid_BL: Tensor,
+        request_P: Tensor,
+        draw_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Interests of every request.
 
@@ -186,6 +198,7 @@ class MultiInterestExtraction(nn.Module):
             category_BL: int64, -1 outside behaviours.
             valid_BL: bool, start and behaviours.
             request_P: int64 flat positions.
+            draw_BL: int32 dropout keys of the positions; None in evaluation.
 
         Returns:
             interest_PXD: [P, K + 1, D]; the K category interests, then the latest behaviour's state, which plays
@@ -197,7 +210,7 @@ class MultiInterestExtraction(nn.Module):
         if self.decoration is not None:
             h_BLD = e_BLD + self.decoration(torch.cat([e_BLD, subsidiary_BLF], dim=-1))
         for block in self.blocks:
-            h_BLD = block(h_BLD, valid_BL)
+            h_BLD = block(h_BLD, valid_BL, draw_BL)
         h_BLD = self.norm(h_BLD)
         if self.intensity is not None:
             intensity_BL = self.intensity(subsidiary_BLF, valid_BL)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor
 
 from m5.batch import Batch
+from m5.model.keyed_dropout import KeyedDropout, position_keys
 
 START, UNKNOWN, MASK = 0, 1, 2  # offsets behind the last title
 SPECIAL_ROWS = 3
@@ -94,6 +95,7 @@ class MultiModalEmbedding(nn.Module):
         subsidiary: keys of the subsidiary features, in order; empty switches decoration off.
         features: keys of user and context features, in order.
         scenarios: keys of the scenario features, in order.
+        width: D.
         dropout: probability of zeroing an element of a behaviour's title embedding in training.
     """
 
@@ -104,6 +106,7 @@ class MultiModalEmbedding(nn.Module):
         subsidiary: tuple[str, ...],
         features: tuple[str, ...],
         scenarios: tuple[str, ...],
+        width: int,
         dropout: float,
     ):
         super().__init__()
@@ -111,7 +114,8 @@ class MultiModalEmbedding(nn.Module):
         self.subsidiary = subsidiary
         self.features = features
         self.scenarios = scenarios
-        self.dropout = nn.Dropout(dropout)
+        self.id_dropout = KeyedDropout(dropout, width)
+        self.cg_dropout = KeyedDropout(dropout, width)
 
     def forward(self, looked_up: dict[str, JaggedTensor], batch: Batch) -> Embedded:
         """Rows and Batch -> Embedded: [B, L, D] behaviours, [P, ., D] features, [C, D] candidate keys, float32.
@@ -133,6 +137,7 @@ class MultiModalEmbedding(nn.Module):
                 return history_TD.new_zeros(requests, 0, width)
             return torch.stack([rows[key] for key in keys], dim=1)
 
+        draw_BL = position_keys(batch.draw_B, L)
         subsidiary_TF = torch.cat([rows[key] for key in self.subsidiary] or [history_TD[:, :0]], dim=-1)
         cg_BLD = cg_key_CD = None
         if self.content is not None:
@@ -140,10 +145,10 @@ class MultiModalEmbedding(nn.Module):
             rows_X = torch.cat([batch.title_BL.flatten(), batch.candidate_C])
             title_U, place_X = rows_X.unique(return_inverse=True)
             cg_XD = nn.functional.embedding(place_X, self.content(title_U))
-            cg_BLD = self.dropout(cg_XD[: B * L].view(B, L, width))
+            cg_BLD = self.cg_dropout(cg_XD[: B * L].view(B, L, width), draw_BL)
             cg_key_CD = cg_XD[B * L :]
         return Embedded(
-            id_BLD=self.dropout(padded(history_TD)),
+            id_BLD=self.id_dropout(padded(history_TD), draw_BL),
             cg_BLD=cg_BLD,
             subsidiary_BLF=padded(subsidiary_TF),
             feature_PFD=stacked(self.features),

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchrec import EmbeddingCollection, EmbeddingConfig
 
+from m5.model.keyed_dropout import KeyedDropout
+
 
 class Mixed(NamedTuple):
     """u_PD and, for the model's health, the weight each active expert got (shared ones first)."""
@@ -202,7 +204,7 @@ class MultiScenarioMixing(nn.Module):
         self.crossing = crossing
         self.bottom = nn.Linear(crossing.output_width, input_width, device=device)
         self.mixture = mixture
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = KeyedDropout(dropout, input_width)
 
     def forward(
         self,
@@ -212,10 +214,14 @@ class MultiScenarioMixing(nn.Module):
         owned_URH: list[Tensor],
         group_PM: Tensor,
         scenario_PM: Tensor,
+        draw_P: Tensor | None = None,
     ) -> Mixed:
-        """Interests [P, X, D] (the latest state last), features [P, F, D], scenario embeddings [P, M, D] -> Mixed."""
+        """Interests [P, X, D] (the latest state last), features [P, F, D], scenario embeddings [P, M, D] -> Mixed.
+
+        `draw_P` are the int32 dropout keys of the requests; None in evaluation.
+        """
         crossed_PZ = self.crossing(interest_PXD, feature_PFD, scenario_PMD)
-        x_PI = self.dropout(functional.gelu(self.bottom(crossed_PZ)))
+        x_PI = self.dropout(functional.gelu(self.bottom(crossed_PZ)), draw_P)
         if isinstance(self.mixture, SplitMixture):
             mixed = self.mixture(x_PI, scenario_PMD.flatten(1), owned_URH, group_PM)
         elif isinstance(self.mixture, MultiGateMixture):

@@ -1,0 +1,209 @@
+"""Where a training is, what it may be continued from, and how it is asked to stop."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from m5.best import BEST, content_digest
+from m5.checkpoint import Checkpoints
+from m5.checkpoint_files import checkpoints_in, newest
+from m5.config import ConfigError, RunConfig, TrainingConfig
+from m5.parallel import World
+from m5.schema import DataError, PreparedDataset
+
+Resume = Literal["no", "yes", "over"]
+CHECKPOINTS = "checkpoints"
+# Settings that change neither what is computed nor in which order; a resumed run may have others.
+HARMLESS = {
+    "preset",
+    "name",
+    "data",  # the dataset's own hash is compared instead
+    "out",
+    *(f"training.{name}" for name in ("device", "threads", "log_every", "pipeline", "compile", "stall_seconds")),
+    *(f"training.{name}" for name in ("checkpoint_minutes", "checkpoint_every", "keep_checkpoints")),
+    *("sequences.prefetch", "sharding.default", "sharding.tables"),
+}
+
+
+@dataclass
+class Position:
+    """How far a training has come; with the tensors it is all that a checkpoint needs.
+
+    There is no random state: the order of the data, negatives, masks and dropout follow from the seed, `epoch` and
+    `batch` (see `m5.data` and `m5.model.keyed_dropout`).
+
+    Attributes:
+        step: steps taken in all.
+        epoch, batch: passes finished; batches taken of the present one.
+        seconds: of training, by the first rank's clock.
+        saved_at: what `seconds` was at the last checkpoint.
+        best, stale: the best validation, and how many have followed it.
+        finished: the training has come to its end.
+        log: where its log is (`m5.progress`).
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    seconds: float = 0.0
+    saved_at: float = 0.0
+    best: dict[str, float] = field(default_factory=dict)
+    stale: int = 0
+    finished: bool = False
+    log: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, record: dict[str, Any] | None, identity: dict[str, Any]) -> Position:
+        """The position in a checkpoint's record; the beginning where there is none.
+
+        Raises:
+            ConfigError: the checkpoint is of another dataset or of other settings.
+        """
+        if record is None:
+            return cls()
+        different = [name for name, value in identity.items() if record.get(name) != value]
+        if different:
+            changes = ", ".join(f"{name} was {record.get(name)} and is {identity[name]}" for name in different[:3])
+            raise ConfigError(
+                f"cannot resume: {changes}. A run goes on with the dataset and settings that it began with; choose "
+                "another --out, or start over with --restart."
+            )
+        return cls(**record["position"])
+
+    def record(self) -> dict[str, Any]:
+        return {"step": self.step, "position": asdict(self)}
+
+    def checkpoint_due(self, settings: TrainingConfig, seconds: float) -> bool:
+        if settings.checkpoint_every is not None:
+            return self.step % settings.checkpoint_every == 0
+        return seconds - self.saved_at >= 60 * settings.checkpoint_minutes
+
+
+def identity(dataset: PreparedDataset, config: RunConfig) -> dict[str, Any]:
+    """What must be the same on all ranks, and when a run is resumed: dataset, content vectors, settings that matter."""
+    manifest = hashlib.sha256(dataset.manifest.model_dump_json().encode()).hexdigest()
+    content = ""
+    if all((dataset.folder / "content" / f"{kind}.npy").is_file() for kind in config.model.content):
+        content = content_digest(dataset, config.model.content)
+    return {"manifest": manifest, "content": content} | dict(_settings(config.model_dump(mode="json")))
+
+
+def _settings(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if f"{prefix}{name}" in HARMLESS:
+            continue
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextmanager
+def begin(config: RunConfig, place: World, resume: Resume) -> Iterator[Checkpoints]:
+    """Make RUN ready and open its checkpoints (a collective call).
+
+    Raises:
+        ConfigError: RUN is no run, or holds an unfinished one that nobody said what to do with.
+    """
+    _on_first(place, lambda: _prepare_folder(config, resume))
+    with Checkpoints(config.out / CHECKPOINTS, keep=config.training.keep_checkpoints, place=place) as checkpoints:
+        yield checkpoints
+
+
+def _prepare_folder(config: RunConfig, resume: Resume) -> None:
+    """Make RUN; unless it is resumed, take an earlier run's results away so that they cannot be read as this one's."""
+    out = Path(config.out)
+    if out.exists() and not (out / "config.yaml").is_file() and any(out.iterdir()):
+        raise ConfigError(f"{out} exists and is not a run of m5; choose another --out.")
+    unfinished = _unfinished(out)
+    if resume == "no" and unfinished is not None:
+        raise ConfigError(
+            f"{out} holds an unfinished training ({unfinished}). Continue it with --resume, start over with --restart, "
+            "or choose another --out."
+        )
+    if resume != "yes" or not checkpoints_in(out / CHECKPOINTS):
+        for name in (BEST, CHECKPOINTS, "tensorboard", "replay", "stalls"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "evaluation.json"):
+            (out / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    config.write(out / "config.yaml")
+
+
+def _unfinished(out: Path) -> str | None:
+    """How far the unfinished training in RUN had come, by its newest readable checkpoint; None where there is none."""
+    record = newest(out / CHECKPOINTS)
+    if record is None or record["position"]["finished"]:
+        return None
+    return f"{record['step']:,} steps taken"
+
+
+def _on_first(place: World, work: Callable[[], None]) -> None:
+    """Run on the first rank only; a user's mistake found there is raised on all."""
+    failure: list[Exception | None] = [None]
+    if place.first:
+        try:
+            work()
+        except (ConfigError, DataError, OSError) as error:
+            failure[0] = error
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
+
+
+class Stopped(Exception):
+    """Training was asked to stop and has saved where it is.
+
+    Attributes:
+        signal: the signal that asked; 128 + signal is the exit code.
+    """
+
+    def __init__(self, asked: int | None, step: int, out: Path):
+        # Another rank may have been asked; this one goes by the usual signal then.
+        self.signal = asked or int(signal.SIGTERM)
+        super().__init__(f"stopped at step {step} and saved in {out}. The same command with --resume goes on there.")
+
+
+class StopRequest:
+    """Context in which SIGTERM, and the first Ctrl-C, ask for a stop instead of ending the process at once.
+
+    Attributes:
+        signal: number of the signal that has come, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        # Python takes signals in its main thread alone; elsewhere (a notebook's worker, Ray) they keep their meaning.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
