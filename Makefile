@@ -7,7 +7,6 @@ DEMO ?= runs/demo
 SET := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 STAMP := .venv/.installed-$(SET)
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test check install clean
 .DELETE_ON_ERROR:
@@ -22,19 +21,17 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy m5 data_prep
+	$(BIN)/hadolint docker/Dockerfile.cpu docker/Dockerfile.cuda
+	$(BIN)/shellcheck docker/install.sh docker/train.sbatch .ci/run
 	$(BIN)/python -m pytest tests/test_layering.py
 
 install: $(STAMP)
 
-# The stamp comes last, so an installation that was interrupted is taken up again.
-$(STAMP): requirements/common.txt requirements/$(SET).txt requirements/no-deps.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-	  { echo "M5's pinned set is for Python 3.11. Say where it is: make PYTHON=/path/to/python3.11"; exit 1; }
-	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
-	@echo "Installing requirements/$(SET).txt into .venv: some minutes and 3 GB the first time."
-	$(PIP) $(PIP_ARGS) -r requirements/$(SET).txt
-	$(PIP) $(PIP_ARGS) --no-deps -r requirements/no-deps.txt
-	$(PIP) --no-deps --no-build-isolation -e .
+# The steps are docker/install.sh's, which the images run too. The stamp comes last, so an installation that was
+# interrupted is taken up again.
+$(STAMP): docker/install.sh requirements/common.txt requirements/$(SET).txt requirements/no-deps.txt pyproject.toml
+	PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" docker/install.sh requirements $(SET) .venv
+	docker/install.sh project .venv
 	touch $@
 
 # Not runs/: it may hold hours of training.
