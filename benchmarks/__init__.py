@@ -1,0 +1,1 @@
+"""Measurements whose results are kept in docs/results; thin clients of m5."""

@@ -1,0 +1,1 @@
+"""`m5 plan`: what training would need on a described cluster, worked out on a machine that has no GPU."""
