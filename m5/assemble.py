@@ -123,7 +123,11 @@ def assemble(inputs: Inputs, config: RunConfig, *, table_device: torch.device | 
     branches = ("id", "cg") if content_NG is not None else ("id",)
     owned = {f"{b}_{key.removeprefix('scenario_')}": sizes[key] for b in branches for key in scenarios}
     shape = {"input_width": model.mixing_width, "output_width": model.width}
-    gate_crossing = FeatureCrossing(width=model.width, interests=0, features=len(features), scenarios=len(scenarios))
+    gate_crossing = (
+        FeatureCrossing(width=model.width, interests=0, features=len(features), scenarios=len(scenarios))
+        if content_NG is not None
+        else None
+    )
     m5 = M5(
         tables=sharded_tables(n_titles=inputs.n_titles, features=sizes, width=model.width, device=device),
         embedding=MultiModalEmbedding(
@@ -142,7 +146,7 @@ def assemble(inputs: Inputs, config: RunConfig, *, table_device: torch.device | 
         gate_crossing=gate_crossing,
         matching=WeightedCandidateMatching(
             width=model.width,
-            gate_width=gate_crossing.output_width,
+            gate_width=gate_crossing.output_width if gate_crossing is not None else 0,
             score=model.score,
             content=content_NG is not None,
         ),

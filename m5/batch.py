@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Pipelineable):
     """Tensors of one batch; integers are int64 unless said otherwise.
 
     Attributes:
@@ -76,7 +77,7 @@ class Batch:
     longest_slice: int
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
-        """The batch on another device; TorchRec's pipelines call this."""
+        """The batch on another device."""
         moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=non_blocking)
             for field in fields(self)

@@ -85,6 +85,12 @@ class OptimizerConfig(_Section):
     lr: float = Field(2e-3, gt=0, description="AdamW, dense part.")
     table_lr: float = Field(0.5, gt=0, description="Row-wise Adagrad of the sharded tables, fused into backward.")
     expert_lr: float = Field(0.02, gt=0, description="Row-wise Adagrad of the scenario-owned experts.")
+    eps: float = Field(
+        1e-6,
+        gt=0,
+        description="AdamW's. At its usual 1e-8 the rounding of a gradient near 0 becomes a full step, and runs that "
+        "differ in rounding alone, as on 1 and 2 ranks, drift apart.",
+    )
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled decay, matrices only.")
     warmup_steps: int = Field(100, ge=0, description="Linear warm-up of all learning rates.")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="After warm-up, over the planned steps.")
@@ -139,7 +145,7 @@ class TrainingConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one.")
     autocast: bool = Field(False, description="bfloat16 for the dense part; the loss stays in float32.")
     compile: bool = Field(False, description="torch.compile for the towers; shapes are dynamic.")
-    pipeline: Literal["auto", "on", "off"] = Field(
+    pipeline: bool | Literal["auto"] = Field(
         "auto", description="Copy and distribute the next batches during a step. auto: on CUDA."
     )
     checkpoint_minutes: float = Field(10.0, gt=0, description="Between checkpoints of the whole training.")

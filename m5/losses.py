@@ -218,7 +218,7 @@ def place_among(ascending_C: Tensor, wanted_G: Tensor) -> Tensor:
     """int64 [C] ascending, [G] -> [G]: where each wanted number stands, -1 where it does not."""
     if not len(ascending_C):
         return torch.full_like(wanted_G, -1)
-    place_G = torch.searchsorted(ascending_C, wanted_G).clamp(max=len(ascending_C) - 1)
+    place_G = torch.searchsorted(ascending_C, wanted_G.contiguous()).clamp(max=len(ascending_C) - 1)
     return torch.where(ascending_C[place_G] == wanted_G, place_G, -1)
 
 

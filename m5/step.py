@@ -57,6 +57,7 @@ class Stepper:
                 {"params": others, "weight_decay": 0.0},
             ],
             lr=config.optimizer.lr,
+            eps=config.optimizer.eps,
             fused=True,
         )
         self.table_optimizer = model.fused_optimizer
@@ -67,7 +68,7 @@ class Stepper:
     @property
     def pipelines(self) -> bool:
         setting = self.config.training.pipeline
-        return setting == "on" or (setting == "auto" and self.place.device.type == "cuda")
+        return self.place.device.type == "cuda" if setting == "auto" else bool(setting)
 
     def steps(self, batches: Iterator[Batch], factor: Callable[[], float]) -> Iterator[Stepped]:
         """Take a step for every batch.

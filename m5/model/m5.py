@@ -67,6 +67,16 @@ class Tower(nn.Module):
         return TowerOutput(mixed, interest_PXD, h_BLD)
 
 
+class MirroredTowers(nn.ModuleDict):
+    """`id` and, with a content branch, `cg`: the same layers, separate weights."""
+
+    def forward(self, embedded: Embedded, owned: dict[str, list[Tensor]], batch: Batch) -> dict[str, TowerOutput]:
+        return {
+            branch: tower(e_BLD, embedded, owned[branch], batch)
+            for (branch, tower), e_BLD in zip(self.items(), (embedded.id_BLD, embedded.cg_BLD), strict=False)
+        }
+
+
 class M5(nn.Module):
     """The bare model, without loss: this is what is evaluated and exported.
 
@@ -79,7 +89,7 @@ class M5(nn.Module):
         experts: the sharded tables of the experts that scenario values own, or None.
         expert_shape: (R, H) of one of those experts.
         towers: `id` and, with a content branch, `cg`.
-        gate_crossing: crossed features that the branches' weight w reads.
+        gate_crossing: crossed features that the branches' weight w reads; None without content branch.
         matching: the weighted candidate matching layer.
     """
 
@@ -91,7 +101,7 @@ class M5(nn.Module):
         experts: EmbeddingCollection | None,
         expert_shape: tuple[int, int],
         towers: dict[str, Tower],
-        gate_crossing: FeatureCrossing,
+        gate_crossing: FeatureCrossing | None,
         matching: WeightedCandidateMatching,
     ):
         super().__init__()
@@ -102,7 +112,7 @@ class M5(nn.Module):
         # The order of a batch's keys, which is group_PM's: a sharded collection answers in the order of its plan.
         owned = experts.embedding_configs() if experts is not None else ()
         self.expert_keys = [name for table in owned for name in table.feature_names]
-        self.towers = nn.ModuleDict(towers)
+        self.towers = MirroredTowers(towers)
         self.gate_crossing = gate_crossing
         self.matching = matching
 
@@ -118,20 +128,18 @@ class M5(nn.Module):
     def forward(self, batch: Batch) -> Scores:
         """Batch -> Scores."""
         embedded = self.embedding(self.tables(batch.sparse), batch)
-        owned = self._owned_experts(batch)
-        outputs = {
-            branch: tower(e_BLD, embedded, owned[branch], batch)
-            for (branch, tower), e_BLD in zip(self.towers.items(), (embedded.id_BLD, embedded.cg_BLD), strict=False)
-        }
-        user = {branch: output.mixed.user_PD for branch, output in outputs.items()}
-        no_interest_P0D = embedded.feature_PFD[:, :0]
-        crossed_PX = self.gate_crossing(no_interest_P0D, embedded.feature_PFD, embedded.scenario_PMD)
+        outputs = self.towers(embedded, self._owned_experts(batch), batch)
+        user = {branch: outputs[branch].mixed.user_PD for branch in self.towers}
+        crossed_PX = None
+        if self.gate_crossing is not None:
+            no_interest_P0D = embedded.feature_PFD[:, :0]
+            crossed_PX = self.gate_crossing(no_interest_P0D, embedded.feature_PFD, embedded.scenario_PMD)
         query_PQ, gate_P = self.matching(user["id"], user.get("cg"), crossed_PX)
         return Scores(
             query_PQ=query_PQ,
             key_CQ=self.matching.key(embedded.id_key_CD, embedded.cg_key_CD),
             gate_P=gate_P,
-            expert_PA={branch: output.mixed.gate_PA for branch, output in outputs.items()},
+            expert_PA={branch: outputs[branch].mixed.gate_PA for branch in self.towers},
             interest_PXD=outputs["id"].interest_PXD,
             h_BLD=outputs["id"].h_BLD,
             id_key_CD=embedded.id_key_CD,

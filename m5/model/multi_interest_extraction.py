@@ -87,7 +87,9 @@ class SubsidiaryIntensity(nn.Module):
         self.causal = causal
         self.own = nn.Linear(subsidiary_width, width, device=device)
         self.query_key = nn.Linear(width, 2 * width, bias=False, device=device)
-        self.scalar = nn.Linear(2 * width, 1, device=device)
+        # Without bias: the softmax over behaviours hardly sees one, so its gradient would be rounding, which Adam blows
+        # up to full steps.
+        self.scalar = nn.Linear(2 * width, 1, bias=False, device=device)
 
     def forward(self, subsidiary_BLF: Tensor, valid_BL: Tensor) -> Tensor:
         """[B, L, F], bool [B, L] -> float32 [B, L]."""

@@ -75,7 +75,8 @@ class ContentProjection(nn.Module):
         self.special = nn.Parameter(torch.zeros(SPECIAL_ROWS, width, device=device))
         self.hidden = nn.Linear(content_width, 2 * width, device=device)
         self.output = nn.Linear(2 * width, width, device=device)
-        self.norm = nn.LayerNorm(width, device=device)
+        # Without bias: one added to every key changes no softmax, and the behaviours' side has one in its decoration.
+        self.norm = nn.LayerNorm(width, bias=False, device=device)
         self.n_titles = n_titles
 
     def forward(self, title_X: Tensor) -> Tensor:

@@ -63,8 +63,11 @@ class WeightedCandidateMatching(nn.Module):
             return self._branch(id_ND)
         return torch.cat([self._branch(id_ND), self._branch(cg_ND)], dim=-1)
 
-    def forward(self, id_PD: Tensor, cg_PD: Tensor | None, crossed_PX: Tensor) -> Matching:
-        """User vectors [P, D] of both branches and crossed features [P, X] -> Matching, float32."""
+    def forward(self, id_PD: Tensor, cg_PD: Tensor | None, crossed_PX: Tensor | None) -> Matching:
+        """User vectors [P, D] of both branches and crossed features [P, X] -> Matching, float32.
+
+        `cg_PD` and `crossed_PX` are None in a model without content branch.
+        """
         scale = self.log_scale.float().exp()
         if cg_PD is None:
             return Matching(scale[0] * self._branch(id_PD), torch.ones(id_PD.shape[0], device=id_PD.device))
