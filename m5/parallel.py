@@ -5,7 +5,10 @@ With `planner_topology`, which knows the planner, the only module that imports `
 
 from __future__ import annotations
 
+import json
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
@@ -28,6 +32,7 @@ from m5.batch import Batch
 from m5.config import ConfigError, RunConfig
 from m5.losses import M5Train
 from m5.planner_topology import Machines, collections, make_planner
+from m5.ranks import on_first
 
 EXPERT_TABLES = "experts_"
 # Of a device's memory, for the tables; the rest is for the dense part, activations and logits (`m5 plan` counts it).
@@ -73,7 +78,9 @@ def world(device: str) -> Iterator[World]:
     if owned:
         backend = "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=PATIENCE)
+            store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+            store = dist.PrefixStore(_name_of_this_start(store, rank, size), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         else:
             # A store in memory: no port to choose, no address to find.
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -82,6 +89,36 @@ def world(device: str) -> Iterator[World]:
     finally:
         if owned:
             dist.destroy_process_group()
+
+
+def _name_of_this_start(store: dist.Store, rank: int, size: int) -> str:
+    """A name that these processes, and no earlier ones, know.
+
+    torchrun's store outlives the processes that it restarts, and torch puts no restart into its keys: a new rank would
+    read where a dead one had listened (gloo: "connectFullMesh failed"; seen with torch 2.13). The restart count is no
+    name: nodes count differently once one of them has restarted for another's sake. So ranks greet the first with a
+    number never used before; it welcomes them with theirs and the name, and goes on until all have confirmed that name.
+    """
+    name, hello = uuid.uuid4().hex, uuid.uuid4().hex
+    others = range(1, size)
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    if rank:
+        store.set(f"m5/hello/{rank}", hello)
+    while True:
+        if rank:
+            welcome = json.loads(store.get("m5/welcome")) if store.check(["m5/welcome"]) else {}
+            if welcome.get(str(rank)) == hello:
+                store.set(f"m5/confirmed/{rank}", welcome["name"])
+                return welcome["name"]
+        else:
+            greetings = {r: store.get(f"m5/hello/{r}").decode() for r in others if store.check([f"m5/hello/{r}"])}
+            store.set("m5/welcome", json.dumps({"name": name, **greetings}))
+            keys = [f"m5/confirmed/{r}" for r in others]
+            if all(store.check([key]) and store.get(key).decode() == name for key in keys):
+                return name
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {rank}: the other ranks have not come within {PATIENCE}")
+        time.sleep(0.02)
 
 
 def distribute(model: M5Train, config: RunConfig, world: World) -> DistributedModelParallel:
@@ -103,7 +140,14 @@ def distribute(model: M5Train, config: RunConfig, world: World) -> DistributedMo
             tower.compile(dynamic=True)
     planner = make_planner(model, this_machine(world), lookups={}, sharding=sharding_types(model, config))
     sharders = [EmbeddingCollectionSharder()]
-    plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+    try:
+        # Not `collective_plan`, which leaves the other ranks waiting where the first one finds no plan.
+        plan = on_first(lambda: planner.plan(model, sharders))
+    except PlannerError as error:
+        raise ConfigError(
+            f"TorchRec's planner finds no place for the tables on {world.size} ranks. `m5 plan` says what would fit. "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from None
     parallel = DistributedModelParallel(model, device=world.device, plan=plan, sharders=sharders)
     _initialise_tables(parallel, config)
     return parallel

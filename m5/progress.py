@@ -56,14 +56,14 @@ class TrainingLog:
         self.last_line = self.window_began = time.monotonic()
         self.began = self.last_line - self.position.seconds
         self.loss_sum, self.targets, self.window_targets = saved.get("loss_sum", 0.0), int(saved.get("targets", 0)), 0
-        if saved:
-            self._say(f"resumed at step {self.position.step}, epoch {self.position.epoch + 1}")
         self.bar = None
         if self.terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
             self.bar = Progress(*columns, TimeElapsedColumn(), console=self.console)
             self.task = self.bar.add_task("training", total=1.0)
             self.bar.start()
+        if saved:
+            self._say(f"resumed at step {self.position.step}, epoch {self.position.epoch + 1}")
         return self
 
     def __exit__(self, *exception: object) -> None:

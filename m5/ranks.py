@@ -6,14 +6,17 @@ Every function with a collective is called by all ranks in the same order; with 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from m5.config import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,20 @@ class Exchange:
 
 
 ALONE = Exchange(rank=0, size=1)
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """What `work` returns on the first rank, which alone runs it; its error is raised on all (a collective call)."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 class Pulse:

@@ -7,21 +7,20 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-import torch.distributed as dist
-
 from m5.best import BEST, content_digest
 from m5.checkpoint import Checkpoints
 from m5.checkpoint_files import checkpoints_in, newest
 from m5.config import ConfigError, RunConfig, TrainingConfig
 from m5.parallel import World
-from m5.schema import DataError, PreparedDataset
+from m5.ranks import on_first
+from m5.schema import PreparedDataset
 
 Resume = Literal["no", "yes", "over"]
 CHECKPOINTS = "checkpoints"
@@ -122,7 +121,7 @@ def begin(config: RunConfig, place: World, resume: Resume) -> Iterator[Checkpoin
     Raises:
         ConfigError: RUN is no run, or holds an unfinished one that nobody said what to do with.
     """
-    _on_first(place, lambda: _prepare_folder(config, resume))
+    on_first(lambda: _prepare_folder(config, resume))
     with Checkpoints(config.out / CHECKPOINTS, keep=config.training.keep_checkpoints, place=place) as checkpoints:
         yield checkpoints
 
@@ -153,19 +152,6 @@ def _unfinished(out: Path) -> str | None:
     if record is None or record["position"]["finished"]:
         return None
     return f"{record['step']:,} steps taken"
-
-
-def _on_first(place: World, work: Callable[[], None]) -> None:
-    """Run on the first rank only; a user's mistake found there is raised on all."""
-    failure: list[Exception | None] = [None]
-    if place.first:
-        try:
-            work()
-        except (ConfigError, DataError, OSError) as error:
-            failure[0] = error
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise failure[0]
 
 
 class Stopped(Exception):

@@ -34,7 +34,8 @@ def gelu(x: Tensor) -> Tensor:
 def layer_norm(weights: Weights, name: str, x: Tensor) -> Tensor:
     centred = x - x.mean()
     variance = (centred * centred).mean()
-    return centred / torch.sqrt(variance + 1e-5) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+    y = centred / torch.sqrt(variance + 1e-5) * weights[f"{name}.weight"]
+    return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
 
 
 def softmax(values: list[Tensor]) -> list[Tensor]:
