@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -44,10 +45,10 @@ class Outcome:
     output: str = ""
 
 
-def command(arguments: list[str], *, ranks: int, restarts: int) -> list[str]:
-    """`torchrun -m m5.train` on this machine."""
+def command(arguments: list[str], *, ranks: int, restarts: int, module: str = "m5.train") -> list[str]:
+    """`torchrun -m MODULE` on this machine."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    return [*launcher, "--max-restarts", str(restarts), "--monitor-interval", "0.1", "-m", "m5.train", *arguments]
+    return [*launcher, "--max-restarts", str(restarts), "--monitor-interval", "0.1", "-m", module, *arguments]
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -87,27 +88,35 @@ def run(
     pause: Callable[[], float] = lambda: 0.0,
     seed: int = 0,
     limit: float = 900,
+    module: str = "m5.train",
+    stop_killing_after: float = math.inf,
 ) -> Outcome:
     """Train under torchrun and kill -9 a random rank, `kills` times.
 
     Args:
         arguments: of `m5 train`.
-        out: the run's folder; a kill waits until a step beyond the last one's has been logged, so that every kill hits a
-            training and not an interpreter that is just starting.
+        out: the run's folder; a kill waits until a step beyond the last one's has been logged, so that every kill hits
+            a training and not an interpreter that is just starting.
         log: where stdout and stderr go.
         pause: seconds to wait from there to the kill, drawn anew for each.
         limit: seconds after which the job is ended.
+        module: what torchrun starts.
+        stop_killing_after: seconds after which no more rank is killed, so that the job can end.
     """
     generator = np.random.default_rng(seed)
     began, outcome, killed_at = time.monotonic(), Outcome(-1, 0.0), 0
     with log.open("w") as file:
         job = subprocess.Popen(
-            command(arguments, ranks=ranks, restarts=kills), stdout=file, stderr=subprocess.STDOUT, env=environment()
+            command(arguments, ranks=ranks, restarts=kills, module=module),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment(),
         )
         try:
             while job.poll() is None and time.monotonic() - began < limit:
                 time.sleep(0.05)
-                if len(outcome.kills) >= kills or steps_taken(out) <= killed_at:
+                over = time.monotonic() - began > stop_killing_after
+                if over or len(outcome.kills) >= kills or steps_taken(out) <= killed_at:
                     continue
                 time.sleep(pause())
                 rank = int(generator.integers(ranks))

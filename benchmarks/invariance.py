@@ -1,10 +1,10 @@
 """Does it matter how many ranks share a batch? `python -m benchmarks.invariance [--data DATA] [--ranks 1 2 4]`.
 
 For each variant the same ten global batches are trained on by 1, 2 and 4 processes (gloo, CPU), with the optimizers and
-the warm-up of training, dropout and all other chance left on, and an odd batch size, so that ranks get unequal parts. The table shows
-the largest relative difference from the first number of ranks: of the ten losses; of the gradients of every dense
-parameter, added up over the steps, and of the tables' sums of squared gradients; and of all weights after the last
-step. A tensor's difference is relative to its largest entry. Exits with 1 where one is above --tolerance.
+the warm-up of training, dropout and all other chance left on, and an odd batch size, so that ranks get unequal parts.
+The table shows the largest relative difference from the first number of ranks: of the ten losses; of the gradients of
+every dense parameter, added up over the steps, and of the tables' sums of squared gradients; and of all weights after
+the last step. A tensor's difference is relative to its largest entry. Exits with 1 where one is above --tolerance.
 
 Without --data, a small synthetic service with rights and cold titles is made in a temporary folder.
 """
