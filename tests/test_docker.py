@@ -174,6 +174,7 @@ def test_images_install_by_the_script_and_pin_everything(name: str) -> None:
     for line in values(name, "RUN"):
         packages = re.findall(r"apt-get install (.*?)(?:&&|$)", line)
         assert all("=" in word for part in packages for word in part.split() if not word.startswith("-"))
+    assert "PIP_ARGS=" in values(name, "ARG")
     base = next(line for line in values(name, "ARG") if line.startswith("BASE_IMAGE="))
     assert re.fullmatch(r"BASE_IMAGE=python:3\.11\.\d+-slim-bookworm@sha256:[0-9a-f]{64}", base)
     assert {line.partition(" AS ")[0] for line in values(name, "FROM")} == {"${BASE_IMAGE}"}
