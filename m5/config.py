@@ -123,7 +123,9 @@ class ShardingConfig(_Section):
         "auto", description="How tables are cut. auto: row-wise on CPU; on CUDA TorchRec's planner chooses per table."
     )
     tables: dict[str, ShardingType] = Field(
-        {}, description="Other choices by table, e.g. {title: row_wise}; `m5 plan` lists the tables."
+        {},
+        description="Other choices by table, e.g. {title: row_wise}; `m5 plan` lists the tables. column_wise keeps a sum "
+        "of squares for every part of a row: training then depends on the cut, and a checkpoint fits no other.",
     )
 
 

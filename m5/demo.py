@@ -41,7 +41,7 @@ def run_demo(folder: Path, *, users: int = 5000, titles: int = 1000, events: int
     runs: dict[str, list[str]] = {"m5": [], **CONTROLS}
     for name, overrides in runs.items():
         stage(f"train {name}")
-        train(load_config("demo", [f"name={name}", f"seed={seed}", *overrides], data, folder / name))
+        train(load_config("demo", [f"name={name}", f"seed={seed}", *overrides], data, folder / name), resume="over")
     stage("evaluate on the test period, which training has not seen")
     evaluate_run(folder / "m5", json_path=folder / "evaluation.json", rows={name: folder / name for name in CONTROLS})
     stage("recommendations for one viewer on two plans")

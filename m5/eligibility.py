@@ -50,6 +50,16 @@ class Eligibility:
         start_WSN, end_WSN = _windows(dataset, columns, sizes, _relative(released, origin), origin)
         return cls(torch.from_numpy(start_WSN).to(device), torch.from_numpy(end_WSN).to(device), origin, columns, sizes)
 
+    def of(self, title_C: Tensor) -> Eligibility:
+        """The same for some titles only; int64 [C]."""
+        return Eligibility(
+            self.start_WSN.index_select(2, title_C),
+            self.end_WSN.index_select(2, title_C),
+            self.origin,
+            self.columns,
+            self.sizes,
+        )
+
     def mask(self, scenario_BM: Tensor, timestamp_B: Tensor) -> Tensor:
         """Whether each title is playable.
 
@@ -66,7 +76,7 @@ class Eligibility:
         limit = NEVER - 1
         time_B1 = (timestamp_B - self.origin).clamp(-limit, limit).to(torch.int32).unsqueeze(-1)
         titles, on_cpu = self.start_WSN.shape[-1], scenario_BM.device.type == "cpu"
-        rows = max(1, (CPU_ELEMENTS if on_cpu else GPU_ELEMENTS) // titles)
+        rows = max(1, (CPU_ELEMENTS if on_cpu else GPU_ELEMENTS) // max(1, titles))
         playable_BN = torch.zeros(len(timestamp_B), titles, dtype=torch.bool, device=scenario_BM.device)
         for first in range(0, len(timestamp_B), rows):
             part = slice(first, first + rows)
@@ -76,6 +86,27 @@ class Eligibility:
                 )
                 playable_BN[part] |= inside_BN
         return playable_BN
+
+
+class Playable:
+    """Masks over the candidates of a batch, chunk by chunk; the windows of other titles are not looked at.
+
+    The windows are cut once for as long as the candidates stay the same: over a full catalogue, once.
+    """
+
+    def __init__(self, eligibility: Eligibility):
+        self.eligibility = eligibility
+        self._asked: Tensor | None = None
+        self._part = eligibility
+
+    def __call__(self, rights_PM: Tensor, timestamp_P: Tensor, title_C: Tensor) -> Tensor:
+        """int64 [P, M], [P], [C] -> bool [P, C]."""
+        if title_C is not self._asked:
+            # Another tensor is not yet another catalogue: every batch has its own.
+            if self._asked is None or not torch.equal(self._asked, title_C):
+                self._part = self.eligibility.of(title_C)
+            self._asked = title_C
+        return self._part.mask(rights_PM, timestamp_P)
 
 
 def _relative(values: np.ndarray, origin: int) -> np.ndarray:

@@ -17,12 +17,12 @@ looked up and every logit made once in the job. Dimension legend in `m5.batch`; 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from m5.batch import Batch
+from m5.eligibility import Playable
 from m5.model.m5 import M5, Scores
 from m5.ranks import ALONE, Exchange
 
@@ -131,12 +131,6 @@ def candidate_softmax(
             (len(query_PQ),) if ranks_P is None else ranks_P,
             len(key_CQ) if longest is None else longest,
         )
-
-
-class Playable(Protocol):
-    """(rights [R, M], time [R], candidates [C]) -> bool [R, C]: which candidates each request may play."""
-
-    def __call__(self, rights_PM: Tensor, timestamp_P: Tensor, title_C: Tensor) -> Tensor: ...
 
 
 class MatchingLoss(nn.Module):

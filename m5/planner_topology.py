@@ -15,9 +15,10 @@ from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-# What is known to work with an optimizer fused into backward. `data_parallel` has none; on a CPU, FBGEMM's table- and
-# column-wise lookups have not been tried with this model.
-SHARDING_TYPES = {"cpu": ("row_wise",), "cuda": ("row_wise", "table_wise", "column_wise")}
+# What is chosen from where the settings say nothing. `data_parallel` has no optimizer fused into backward. Column-wise
+# tables are for those who ask: row-wise Adagrad then keeps a sum of squares for every part of a row, so that training
+# depends on the cut and a checkpoint fits no other.
+SHARDING_TYPES = {"cpu": ("row_wise",), "cuda": ("row_wise", "table_wise")}
 OPTIMIZER_BYTES_PER_ROW = 4  # row-wise Adagrad: one float32 a row of a shard
 
 

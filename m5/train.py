@@ -22,7 +22,7 @@ from m5.checkpoint import Checkpoints
 from m5.config import ConfigError, RunConfig
 from m5.data.loader import Loader
 from m5.data.sequences import BatchBuilder
-from m5.eligibility import Eligibility
+from m5.eligibility import Eligibility, Playable
 from m5.evaluate import Scorer, evaluate
 from m5.health import Health
 from m5.losses import M5Train, MatchingLoss
@@ -79,13 +79,8 @@ def training_model(
 ) -> M5Train:
     """A model with the loss that the settings ask for."""
     eligibility = Eligibility.from_dataset(dataset, device)
-
-    def playable(rights_PM: Tensor, timestamp_P: Tensor, title_C: Tensor) -> Tensor:
-        assert eligibility is not None
-        return eligibility.mask(rights_PM, timestamp_P).index_select(1, title_C)
-
     loss = MatchingLoss(
-        playable=playable if eligibility is not None else None,
+        playable=Playable(eligibility) if eligibility is not None else None,
         mlm_weight=config.model.mlm_weight,
         width=config.model.width,
         precision=softmax_precision(config.candidates.precision, torch.device(device)),

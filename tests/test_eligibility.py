@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m5.eligibility import Eligibility
+from m5.eligibility import Eligibility, Playable
 from m5.schema import ALWAYS, TRAIN, PreparedDataset
 from tests.handmade import rights_table, write_handmade
 
@@ -132,3 +132,16 @@ def test_mask_shape_and_type(tmp_path, batch):
     assert playable.shape == (batch, 4)
     assert playable.dtype == torch.bool
     assert playable[:, 0].all()
+
+
+def test_masks_over_candidates_are_columns_of_the_whole_mask(tmp_path):
+    """Also where candidates change from batch to batch and back, and where a rank's slice is empty."""
+    dataset = world(tmp_path, titles=4, released=[0, 50, 0, 0], rows=[(t, t % 3, 0, 10 * t, 90) for t in range(4)])
+    scenario, time = torch.tensor([(1, 1), (2, 0), (0, 2)]), torch.tensor([15, 60, 89])
+    whole = Eligibility.from_dataset(dataset).mask(scenario, time)
+    assert 0 < whole.sum() < whole.numel()
+    playable = Playable(Eligibility.from_dataset(dataset))
+    for titles in ([3, 1], [3, 1], [0, 1, 2, 3], [], [2]):
+        candidates = torch.tensor(titles, dtype=torch.int64)
+        for rows in (slice(0, 2), slice(2, 3)):  # as the loss asks, chunk by chunk
+            assert torch.equal(playable(scenario[rows], time[rows], candidates), whole[rows][:, candidates])

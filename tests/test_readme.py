@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -101,6 +102,7 @@ def write_globo(folder: Path) -> None:
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("M5_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(ROOT / "docs" / "plans", tmp_path / "docs" / "plans")
     write_movielens(tmp_path)
     write_globo(tmp_path)
     ran = set()
@@ -116,7 +118,7 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             assert re.search(rf"^{re.escape(words[1])}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), words
         else:
             assert words == ["source", ".venv/bin/activate"]
-    assert {"doctor", "synth", "prepare", "encode", "graph", "train", "evaluate", "recommend"} <= ran
+    assert {"doctor", "synth", "prepare", "encode", "graph", "train", "evaluate", "recommend", "plan"} <= ran
     assert (tmp_path / "runs/two-ranks/best/weights.safetensors").is_file()
 
 
@@ -130,13 +132,13 @@ def test_the_example_of_dataset_yaml_is_one(tmp_path: Path) -> None:
 
 def test_every_file_has_its_line() -> None:
     (tree,) = blocks("text")
-    for package in ("m5", "data_prep"):
+    for package in ("m5", "data_prep", "benchmarks"):
         for path in (ROOT / package).rglob("*.py"):
             if path.name != "__init__.py":
                 names = (path.name, path.relative_to(ROOT / package).as_posix())
                 assert any(re.search(rf"(^|[\s]){re.escape(name)}[\s,]", tree) for name in names), path
     for name in re.findall(r"^  ([\w/]+\.(?:py|md))", tree, flags=re.MULTILINE):
-        assert (ROOT / "m5" / name).is_file() or (ROOT / "data_prep" / name).is_file(), name
+        assert any((ROOT / package / name).is_file() for package in ("m5", "data_prep", "benchmarks")), name
 
 
 def test_links_lead_somewhere() -> None:

@@ -298,6 +298,11 @@ def test_unknown_metric_is_told(data: Path, tmp_path: Path) -> None:
         ("model.mlm_weight=0.2", "needs model.attention=bidirectional"),
         ("sequences.requests=101", "at most sequences.history"),
         ("optimizer.lr=-1", "optimizer.lr: Input should be greater than 0"),
+        ("optimizer.accumulation=2", "steps inside every backward"),
+        ("sharding.default=data_parallel", "Input should be 'auto', 'row_wise'"),
+        ("sharding.tables={title: diagonal}", "Input should be 'row_wise'"),
+        ("training.stall_seconds=0", "training.stall_seconds: Input should be greater than 0"),
+        ("training.pipeline=sometimes", "training.pipeline"),
     ],
 )
 def test_wrong_settings_are_told(override: str, message: str, tmp_path: Path) -> None:

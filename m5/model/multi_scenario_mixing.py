@@ -102,6 +102,9 @@ def owned_expert(x_PI: Tensor, weight_URH: Tensor, group_P: Tensor, output_width
     Returns:
         [P, D]. One pair of matrix products per group, each over that group's requests alone.
     """
+    if not len(weight_URH):
+        # No request at all. The table stays in the graph: other ranks wait for this one in its backward.
+        return x_PI.new_zeros(0, output_width) + weight_URH.sum().to(x_PI.dtype)
     order_P = torch.argsort(group_P, stable=True)
     sizes = torch.bincount(group_P, minlength=weight_URH.shape[0]).tolist()
     outputs = []
