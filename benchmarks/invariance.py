@@ -17,6 +17,7 @@ import sys
 import tempfile
 from itertools import chain, count, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,8 +25,8 @@ import torch.multiprocessing as multiprocessing
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from m5.checkpoint_tensors import local_parts
 from m5.config import RunConfig, load_config
 from m5.library_warnings import silence_known
 from m5.parallel import World, training_state
@@ -63,15 +64,17 @@ QUANTITIES = ("loss", "gradients", "weights")
 
 
 def whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy with sharded tensors gathered, on the first rank; empty elsewhere (a collective call)."""
-    first, copy = dist.get_rank() == 0, {}
-    for key, value in state.items():
-        if isinstance(value, ShardedTensor):
-            out = torch.empty(value.size()) if first else None
-            value.gather(dst=0, out=out)
-            value = out
-        if first:
-            copy[key] = value.detach().clone()
+    """A copy, on every rank, with sharded tensors put together from the parts of all ranks (a collective call).
+
+    Where a table lies on one rank as a whole, others lack its optimizer's sums; so parts are exchanged, not keys.
+    """
+    mine = [(key, first, part, state[key].size()) for (key, first), part in local_parts(state).items()]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    copy: dict[str, Tensor] = {}
+    for key, first, part, size in (item for items in everyone for item in items):
+        target = copy.setdefault(key, torch.zeros(size, dtype=part.dtype))
+        target[tuple(slice(at, at + length) for at, length in zip(first, part.shape, strict=True))] = part.cpu()
     return copy
 
 

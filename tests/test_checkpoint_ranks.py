@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,9 +19,9 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shards
 
 import m5.checkpoint
+from benchmarks.invariance import whole
 from m5.checkpoint import Checkpoints
 from m5.checkpoint_files import newest
-from m5.checkpoint_tensors import local_parts
 from m5.data.loader import Loader
 from m5.parallel import World, training_state
 from m5.train import Trainer
@@ -68,18 +67,6 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     return training_state(trainer.model, trainer.stepper.optimizer, trainer.stepper.dense)
 
 
-def whole(state: dict[str, Tensor], place: World) -> dict[str, Tensor]:
-    """Every tensor put together from the parts of all ranks; where a table lies on one rank, others lack its sums."""
-    mine = [(key, first, part, state[key].size()) for (key, first), part in local_parts(state).items()]
-    everyone: list[Any] = [None] * place.size
-    dist.all_gather_object(everyone, mine)
-    gathered: dict[str, Tensor] = {}
-    for key, first, part, size in (item for items in everyone for item in items):
-        target = gathered.setdefault(key, torch.zeros(size, dtype=part.dtype))
-        target[tuple(slice(at, at + length) for at, length in zip(first, part.shape, strict=True))] = part
-    return gathered
-
-
 def trainer_of(folder: Path, place: World, seed: int, sharding: str) -> Trainer:
     settings = ("sequences.sequences=3", f"seed={seed}", f"sharding.default={sharding}")
     return Trainer(tiny_config(folder / "data", folder / "run", *settings), place)
@@ -101,11 +88,11 @@ def _train_and_save(place: World, folder: Path) -> None:
     trainer = trainer_of(folder, place, seed=0, sharding="row_wise")
     take_steps(trainer, place, 0, BEFORE)
     state = state_of(trainer)
-    saved = whole(state, place)
+    saved = whole(state)
     with Checkpoints(folder / "checkpoints", keep=2, place=place) as checkpoints:
         checkpoints.save(state, {"step": BEFORE})
         take_steps(trainer, place, BEFORE, BEFORE + AFTER)  # while the background writes
-    last = whole(state_of(trainer), place)
+    last = whole(state_of(trainer))
     if place.first:
         torch.save((saved, last), folder / "expected.pt")
 
@@ -114,11 +101,11 @@ def _load_and_go_on(place: World, folder: Path, sharding: str) -> None:
     """Load into a trainer that began elsewhere; where nothing else differs, go on as the first one did."""
     trainer = trainer_of(folder, place, seed=1, sharding=sharding)
     state = state_of(trainer)
-    before = whole(state, place)
+    before = whole(state)
     with Checkpoints(folder / "checkpoints", keep=2, place=place) as checkpoints:
         assert checkpoints.load(state) == {"step": BEFORE}
     # Asked of the model and the optimizers anew: did the values reach what they train with?
-    after = whole(state_of(trainer), place)
+    after = whole(state_of(trainer))
     if place.first:
         saved, _ = torch.load(folder / "expected.pt")
         assert after.keys() == saved.keys()
@@ -128,7 +115,7 @@ def _load_and_go_on(place: World, folder: Path, sharding: str) -> None:
     if place.size != 2 or sharding != "row_wise":
         return
     take_steps(trainer, place, BEFORE, BEFORE + AFTER)
-    last = whole(state_of(trainer), place)
+    last = whole(state_of(trainer))
     if place.first:
         _, expected = torch.load(folder / "expected.pt")
         assert all(torch.equal(last[key], expected[key]) for key in expected)
