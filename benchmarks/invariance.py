@@ -116,8 +116,9 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[floa
     worst = (0.0, "")
     for key, value in ours.items():
         scale = float(value.abs().max()) if value.numel() else 0.0
-        if scale:
-            worst = max(worst, (float((value - theirs[key]).abs().max()) / scale, key))
+        found = float((value - theirs[key]).abs().max()) / scale if scale else 0.0
+        if found > worst[0] or found != found:  # a NaN is as different as can be
+            worst = (found, key)
     return worst
 
 

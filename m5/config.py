@@ -146,7 +146,7 @@ class TrainingConfig(_Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one.")
     autocast: bool = Field(False, description="bfloat16 for the dense part; the loss stays in float32.")
-    compile: bool = Field(False, description="torch.compile for the towers; shapes are dynamic.")
+    compile: bool = Field(False, description="torch.compile for the interest extraction; shapes are dynamic.")
     pipeline: bool | Literal["auto"] = Field(
         "auto", description="Copy and distribute the next batches during a step. auto: on CUDA."
     )

@@ -136,8 +136,9 @@ def distribute(model: M5Train, config: RunConfig, world: World) -> DistributedMo
     if experts is not None:
         apply_optimizer_in_backward(RowWiseAdagrad, list(experts.parameters()), {"lr": config.optimizer.expert_lr})
     if config.training.compile:
+        # Not the mixture: its loop over the scenario values of a batch would be compiled anew for every number of them.
         for tower in model.model.towers.values():
-            tower.compile(dynamic=True)
+            tower.extraction.compile(dynamic=True)
     planner = make_planner(model, this_machine(world), lookups={}, sharding=sharding_types(model, config))
     sharders = [EmbeddingCollectionSharder()]
     try:

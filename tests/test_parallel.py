@@ -121,9 +121,12 @@ def test_any_number_of_ranks_trains_the_same(folder: Path, ranks: dict[int, dict
     others = ranks[size][name]
     assert difference(alone["first"], others["first"]) == (0.0, "")
     assert len(alone["loss"]["loss"]) == STEPS
-    for quantity, tolerance in (("loss", 1e-5), ("gradients", 1e-4), ("weights", 1e-4)):
+    for quantity, tolerance in (("loss", 1e-5), ("gradients", 1e-4)):
         found, where = difference(alone[quantity], others[quantity])
         assert found < tolerance, f"{quantity}: {where}"
+    for key, value in alone["weights"].items():
+        # A hundredth of AdamW's steps here: a weight that has hardly moved yet is nearly all rounding.
+        torch.testing.assert_close(others["weights"][key], value, rtol=1e-4, atol=2e-5, msg=key)
     moved = [key for key, value in alone["weights"].items() if not torch.equal(value, alone["first"][key])]
     assert any("experts_" in key for key in moved) == (name != "mmoe")
     assert any(key.endswith("title.weight") for key in moved)
