@@ -31,7 +31,7 @@ from m5.config import RunConfig, load_config
 from m5.data.loader import Loader
 from m5.library_warnings import silence_known
 from m5.parallel import world
-from m5.resume import Position, restarted
+from m5.resume import Position
 from m5.schema import TRAIN, PreparedDataset
 from m5.step import Stepped
 from m5.train import Schedule, Trainer
@@ -60,7 +60,7 @@ def rank_main(arguments: list[str]) -> None:
     config = load_config(preset, overrides, Path(data), Path(out))
     torch.set_num_threads(config.training.threads or 1)
     with world(config.training.device) as place:
-        AuditedTrainer(config, place).run("yes" if restarted() else "no")
+        AuditedTrainer(config, place).run()
 
 
 def audit(run: Path) -> dict[str, Any]:

@@ -124,8 +124,8 @@ class ShardingConfig(_Section):
     )
     tables: dict[str, ShardingType] = Field(
         {},
-        description="Other choices by table, e.g. {title: row_wise}; `m5 plan` lists the tables. column_wise keeps a sum "
-        "of squares for every part of a row: training then depends on the cut, and a checkpoint fits no other.",
+        description="Other choices by table, e.g. {title: row_wise}; `m5 plan` lists the tables. column_wise keeps a "
+        "sum of squares for every part of a row: training then depends on the cut, and a checkpoint fits no other.",
     )
 
 

@@ -31,6 +31,7 @@ from m5.assemble import ROWS_PER_SEED, initial_rows
 from m5.batch import Batch
 from m5.config import ConfigError, RunConfig
 from m5.losses import M5Train
+from m5.model.m5 import Tower
 from m5.planner_topology import Machines, collections, make_planner
 from m5.ranks import on_first
 
@@ -138,6 +139,7 @@ def distribute(model: M5Train, config: RunConfig, world: World) -> DistributedMo
     if config.training.compile:
         # Not the mixture: its loop over the scenario values of a batch would be compiled anew for every number of them.
         for tower in model.model.towers.values():
+            assert isinstance(tower, Tower)
             tower.extraction.compile(dynamic=True)
     planner = make_planner(model, this_machine(world), lookups={}, sharding=sharding_types(model, config))
     sharders = [EmbeddingCollectionSharder()]

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+import torch.distributed as dist
+
 from m5.best import BEST, content_digest
 from m5.checkpoint import Checkpoints
 from m5.checkpoint_files import checkpoints_in, newest
@@ -24,6 +26,7 @@ from m5.schema import PreparedDataset
 
 Resume = Literal["no", "yes", "over"]
 CHECKPOINTS = "checkpoints"
+JOB = ".job"  # torchrun's id of the job that has begun or continued the run
 # Settings that change neither what is computed nor in which order; a resumed run may have others.
 HARMLESS = {
     "preset",
@@ -109,11 +112,6 @@ def _settings(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this process again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 @contextmanager
 def begin(config: RunConfig, place: World, resume: Resume) -> Iterator[Checkpoints]:
     """Make RUN ready and open its checkpoints (a collective call).
@@ -121,14 +119,21 @@ def begin(config: RunConfig, place: World, resume: Resume) -> Iterator[Checkpoin
     Raises:
         ConfigError: RUN is no run, or holds an unfinished one that nobody said what to do with.
     """
-    on_first(lambda: _prepare_folder(config, resume))
+    # Nodes count restarts differently once one of them has restarted for another's sake.
+    restarts: list[int] = [0] * place.size
+    dist.all_gather_object(restarts, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+    on_first(lambda: _prepare_folder(config, resume, restarted=max(restarts) > 0))
     with Checkpoints(config.out / CHECKPOINTS, keep=config.training.keep_checkpoints, place=place) as checkpoints:
         yield checkpoints
 
 
-def _prepare_folder(config: RunConfig, resume: Resume) -> None:
+def _prepare_folder(config: RunConfig, resume: Resume, restarted: bool) -> None:
     """Make RUN; unless it is resumed, take an earlier run's results away so that they cannot be read as this one's."""
-    out = Path(config.out)
+    out, job = Path(config.out), os.environ.get("TORCHELASTIC_RUN_ID", "")
+    # What this very job has begun it goes on with. A job that was refused, and that torchrun starts again all the same,
+    # has begun nothing.
+    if restarted and (out / JOB).is_file() and (out / JOB).read_text() == job:
+        resume = "yes"
     if out.exists() and not (out / "config.yaml").is_file() and any(out.iterdir()):
         raise ConfigError(f"{out} exists and is not a run of m5; choose another --out.")
     unfinished = _unfinished(out)
@@ -144,6 +149,8 @@ def _prepare_folder(config: RunConfig, resume: Resume) -> None:
             (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     config.write(out / "config.yaml")
+    if job:
+        (out / JOB).write_text(job)
 
 
 def _unfinished(out: Path) -> str | None:

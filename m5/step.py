@@ -82,16 +82,18 @@ class Stepper:
                 yield self.step(batch, factor())
             return
         pipeline = pipelined(self.model, _Clipped(self), self.place.device, self.backward)
-        while True:
-            self._set_learning_rates(factor())
-            try:
-                with self._autocast():
-                    scores = pipeline.progress(batches)
-            except StopIteration:
-                # The model gets its own forward back: the next pipeline, or a plain step, finds it as it was.
-                pipeline.detach()
-                return
-            yield self._stepped(scores)
+        try:
+            while True:
+                self._set_learning_rates(factor())
+                try:
+                    with self._autocast():
+                        scores = pipeline.progress(batches)
+                except StopIteration:
+                    return
+                yield self._stepped(scores)
+        finally:
+            # The model gets its own forward back: the next pipeline, or a plain step, finds it as it was.
+            pipeline.detach()
 
     def step(self, batch: Batch, factor: float) -> Stepped:
         """One plain step."""

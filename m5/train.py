@@ -32,7 +32,7 @@ from m5.predict import Predictor
 from m5.progress import TrainingLog
 from m5.ranks import ALONE, Exchange, Pulse, agree
 from m5.replay import save_replay
-from m5.resume import Position, Resume, Stopped, StopRequest, begin, identity, restarted
+from m5.resume import Position, Resume, Stopped, StopRequest, begin, identity
 from m5.schema import DataError, PreparedDataset
 from m5.step import NonFiniteLoss, Stepped, Stepper
 from m5.watchdog import Watchdog
@@ -43,7 +43,8 @@ def train(config: RunConfig, resume: Resume = "no") -> dict[str, float]:
 
     Args:
         resume: what to do with the checkpoints of an earlier run in `config.out`: "yes" continues from the newest one,
-            "no" refuses to lose those of an unfinished run, "over" starts over. After an elastic restart it is "yes".
+            "no" refuses to lose those of an unfinished run, "over" starts over. A job that torchrun has restarted
+            goes on with what it has begun, whatever is said here.
 
     Returns:
         Validation metrics of those weights.
@@ -55,7 +56,7 @@ def train(config: RunConfig, resume: Resume = "no") -> dict[str, float]:
     share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.training.threads or int(os.environ.get("OMP_NUM_THREADS", max(1, share))))
     with world(config.training.device) as place:
-        return Trainer(config, place).run("yes" if restarted() else resume)
+        return Trainer(config, place).run(resume)
 
 
 def softmax_precision(setting: str, device: torch.device) -> torch.dtype:

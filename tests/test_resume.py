@@ -300,6 +300,16 @@ def test_a_run_goes_on_with_another_number_of_ranks(data: Path, calm: Path, tmp_
 
 
 @pytest.mark.distributed
+def test_a_refused_job_stays_refused_when_torchrun_starts_it_again(data: Path, stopped: Path, tmp_path: Path) -> None:
+    before = (stopped / "metrics.jsonl").read_text()
+    command = chaos.command(arguments(data, stopped), ranks=2, restarts=1)
+    done = subprocess.run(command, env=chaos.environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0
+    assert done.stderr.count("holds an unfinished training") == 2 * 2  # two ranks, two starts
+    assert (stopped / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.distributed
 @pytest.mark.slow
 def test_a_training_that_stalls_ends_with_the_stacks_of_its_ranks(data: Path, tmp_path: Path) -> None:
     """One rank is stopped (SIGSTOP) in the middle: the other one names it, and torchrun ends with an error."""
