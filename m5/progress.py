@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -52,7 +53,9 @@ class TrainingLog:
         purge = self.position.step + 1 if saved else None
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
         self.lines = (self.folder / "metrics.jsonl").open("a")
-        self.lines.truncate(int(saved.get("bytes", 0)))
+        # Never longer than it is: after a power cut it may be shorter than what was counted.
+        self.lines.truncate(min(int(saved.get("bytes", 0)), self.lines.tell()))
+        self.lines.seek(0, os.SEEK_END)
         self.last_line = self.window_began = time.monotonic()
         self.began = self.last_line - self.position.seconds
         self.loss_sum, self.targets, self.window_targets = saved.get("loss_sum", 0.0), int(saved.get("targets", 0)), 0
@@ -81,6 +84,7 @@ class TrainingLog:
         if not self.enabled:
             return {}
         self.lines.flush()
+        os.fsync(self.lines.fileno())
         return {"bytes": self.lines.tell(), "loss_sum": self.loss_sum, "targets": self.targets}
 
     def step(self, place: Place, loss: float, targets: int) -> None:

@@ -49,6 +49,7 @@ class Position:
     Attributes:
         step: steps taken in all.
         epoch, batch: passes finished; batches taken of the present one.
+        planned: steps in all, which the schedule goes by.
         seconds: of training, by the first rank's clock.
         saved_at: what `seconds` was at the last checkpoint.
         best, stale: the best validation, and how many have followed it.
@@ -59,6 +60,7 @@ class Position:
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    planned: int = 0
     seconds: float = 0.0
     saved_at: float = 0.0
     best: dict[str, float] = field(default_factory=dict)

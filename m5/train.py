@@ -185,7 +185,9 @@ class Trainer:
             state = training_state(self.model, self.stepper.optimizer, self.stepper.dense)
             position = Position.of(checkpoints.load(state), self.identity)
             loader = self.loader(position)
-            schedule = Schedule(config, total_steps=len(loader) * config.training.epochs)
+            # Epochs differ by a batch or two; a resumed run plans with what it began with.
+            position.planned = position.planned or len(loader) * config.training.epochs
+            schedule = Schedule(config, total_steps=position.planned)
             self.pulse = Pulse(rank=place.rank, size=place.size, seconds=position.seconds)
             began = time.monotonic() - position.seconds
             with TrainingLog(config.out, enabled=place.first, schedule=schedule, position=position) as log:
