@@ -30,11 +30,10 @@ from benchmarks import chaos
 from m5.config import RunConfig, load_config
 from m5.data.loader import Loader
 from m5.library_warnings import silence_known
-from m5.parallel import world
 from m5.resume import Position
 from m5.schema import TRAIN, PreparedDataset
 from m5.step import Stepped
-from m5.train import Schedule, Trainer
+from m5.train import Schedule, Trainer, train
 
 AUDIT = "audit"
 
@@ -58,14 +57,13 @@ def rank_main(arguments: list[str]) -> None:
     preset, data, out, *overrides = arguments
     silence_known()
     config = load_config(preset, overrides, Path(data), Path(out))
-    torch.set_num_threads(config.training.threads or 1)
-    with world(config.training.device) as place:
-        AuditedTrainer(config, place).run()
+    train(config, trainer=AuditedTrainer)
 
 
 def audit(run: Path) -> dict[str, Any]:
     """Whether each epoch has trained on every training event once, and how many steps were repeated alike."""
-    dataset = PreparedDataset(RunConfig.read(run / "config.yaml").data)
+    config = RunConfig.read(run / "config.yaml")
+    dataset = PreparedDataset(config.data)
     expected = np.flatnonzero(np.asarray(dataset.event_array("split")) == TRAIN)
     versions: dict[tuple[int, int, int], list[np.ndarray]] = defaultdict(list)
     for path in (run / AUDIT).glob("[!.]*.npy"):
@@ -79,7 +77,7 @@ def audit(run: Path) -> dict[str, Any]:
     return {
         "epochs": len(once),
         "events_an_epoch": len(expected),
-        "every_event_once": all(once.values()) and bool(once),
+        "every_event_once": all(once.values()) and len(once) == config.training.epochs,
         "steps": len({(epoch, step) for epoch, step, _ in versions}),
         "repeated": len(repeated),
         "repeated_alike": all(np.array_equal(events[0], other) for events in repeated for other in events[1:]),
@@ -141,8 +139,8 @@ def main() -> int:
         "load_at_start": os.getloadavg()[0],
     }
     path = options.out / "soak.json"
-    if path.is_file():
-        report |= json.loads(path.read_text())
+    if path.is_file() and options.only:
+        report = json.loads(path.read_text()) | {"command": report["command"]}
     for name in ("calm", "killed"):
         if options.only in (None, name):
             outcome = one_run(options.out / name, options, overrides, kills=name == "killed")

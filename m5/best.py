@@ -53,7 +53,9 @@ def read_record(run: Path) -> dict:
     Raises:
         DataError: the run has no checkpoint.
     """
-    path = run / BEST / "checkpoint.json"
+    path, previous = run / BEST / "checkpoint.json", run / f".{BEST}.previous"
+    if not (run / BEST).exists() and previous.is_dir():
+        previous.rename(run / BEST)  # a process was killed between the two renames of `save_weights`
     if not path.is_file():
         raise DataError(f"{run} has no checkpoint ({path} is missing): its training has not reached a validation yet.")
     try:

@@ -73,20 +73,21 @@ class Checkpoints:
         seconds: how long the last finished write took in the background; 0 before the first.
     """
 
-    def __init__(self, folder: Path, *, keep: int, place: World):
+    def __init__(self, folder: Path, *, keep: int, place: World, beat: Callable[[str], None] = lambda where: None):
         """Open the folder and remove what a killed process left in it.
 
         Args:
             folder: of the checkpoints alone, on a file system that all ranks share.
             keep: how many to keep, at least 1.
             place: this process among the ranks.
+            beat: called with a few words wherever a caller has to wait, for a watchdog.
 
         Raises:
             DataError: the ranks do not see the same folder.
         """
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one checkpoint must be kept")
-        self.folder, self.keep, self.place = folder, keep, place
+        self.folder, self.keep, self.place, self.beat = folder, keep, place, beat
         self.seconds = 0.0
         self._staging = Staging(place.device)
         # Its own group: the background's collectives run at the same time as those of training. gloo: they carry
@@ -148,7 +149,9 @@ class Checkpoints:
         """Return when what was begun is on disk; raise what it failed with, once."""
         if self._thread is None:
             return
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(1.0)
+            self.beat("waiting for a checkpoint to be written")
         self._thread, error, self._error = None, self._error, None
         if error is not None:
             raise error
@@ -238,7 +241,10 @@ class Checkpoints:
                 return None, [str(damage)]
             by_size = sorted(description.files.items(), key=lambda item: item[1].bytes)
             share = by_size[self.place.rank :: self.place.size]
-            found = [problem_of(checkpoint / name, mark) for name, mark in share]
+            found = []
+            for name, mark in share:
+                self.beat(f"verifying {name}")
+                found.append(problem_of(checkpoint / name, mark))
             return description, [problem for problem in found if problem is not None]
 
         looks = self._everywhere(look)

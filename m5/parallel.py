@@ -40,6 +40,8 @@ EXPERT_TABLES = "experts_"
 TABLE_SHARE = 0.6
 # Ranks wait in a collective while the first one validates. Hanging is the watchdog's business, not the timeout's.
 PATIENCE = timedelta(hours=6)
+# For all ranks to come; a machine that never does must not keep the others.
+GATHERING = timedelta(minutes=15)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def world(device: str) -> Iterator[World]:
     if owned:
         backend = "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+            store, rank, size = next(dist.rendezvous("env://", timeout=GATHERING))
             store = dist.PrefixStore(_name_of_this_start(store, rank, size), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         else:
@@ -102,7 +104,7 @@ def _name_of_this_start(store: dist.Store, rank: int, size: int) -> str:
     """
     name, hello = uuid.uuid4().hex, uuid.uuid4().hex
     others = range(1, size)
-    deadline = time.monotonic() + PATIENCE.total_seconds()
+    deadline = time.monotonic() + GATHERING.total_seconds()
     if rank:
         store.set(f"m5/hello/{rank}", hello)
     while True:
@@ -118,7 +120,7 @@ def _name_of_this_start(store: dist.Store, rank: int, size: int) -> str:
             if all(store.check([key]) and store.get(key).decode() == name for key in keys):
                 return name
         if time.monotonic() > deadline:
-            raise RuntimeError(f"rank {rank}: the other ranks have not come within {PATIENCE}")
+            raise RuntimeError(f"rank {rank}: the other ranks have not come within {GATHERING}")
         time.sleep(0.02)
 
 
@@ -282,3 +284,10 @@ def training_state(
             moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         state |= {f"optimizer.{name}.{moment}": value for moment, value in moments.items()}
     return state
+
+
+def sum_over_ranks(value: float, device: torch.device) -> float:
+    """Sum of a number over all ranks (a collective call)."""
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return float(total)

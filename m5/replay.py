@@ -8,6 +8,7 @@ RUN/replay/step.json             where in the training it was
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,14 @@ def save_replay(run: Path, batch: Batch, state: dict[str, Tensor], position: dic
         state: the model with its loss, tables whole.
         position: step, epoch, batch and the loss.
     """
-    folder = run / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    save_batch(batch, folder / "batch.safetensors")
-    save_file({key: value.cpu().contiguous() for key, value in state.items()}, folder / "weights.safetensors")
-    (folder / "step.json").write_text(json.dumps({key: str(value) for key, value in position.items()}, indent=1))
+    folder, temporary = run / FOLDER, run / f".{FOLDER}.writing"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_batch(batch, temporary / "batch.safetensors")
+    save_file({key: value.cpu().contiguous() for key, value in state.items()}, temporary / "weights.safetensors")
+    (temporary / "step.json").write_text(json.dumps({key: str(value) for key, value in position.items()}, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
     return folder
 
 
@@ -96,7 +100,7 @@ class _FirstNonFinite:
 
 
 def replay(run: Path, train_model: M5Train | None = None) -> dict[str, Any]:
-    """Run the kept batch again on one process, on the CPU and in float32.
+    """Run the kept batch again on one process, on the CPU, with the run's precision of the candidate softmax.
 
     Args:
         run: folder of `m5 train`.
@@ -107,13 +111,13 @@ def replay(run: Path, train_model: M5Train | None = None) -> dict[str, Any]:
 
     Raises:
         DataError: the run has kept no batch.
+        ConfigError: it is no run.
     """
     from m5.train import training_model
 
-    folder = run / FOLDER
-    if not (folder / "batch.safetensors").is_file():
+    folder, config = run / FOLDER, RunConfig.read(run / "config.yaml")
+    if not folder.is_dir():
         raise DataError(f"{run} has kept no batch: none of its losses was NaN or infinite.")
-    config = RunConfig.read(run / "config.yaml")
     dataset = PreparedDataset(config.data)
     model = train_model or training_model(dataset, config, build_model(dataset, config))
     model.load_state_dict(load_file(folder / "weights.safetensors"))
@@ -124,7 +128,7 @@ def replay(run: Path, train_model: M5Train | None = None) -> dict[str, Any]:
     gradients = [
         n for n, value in model.named_parameters() if value.grad is not None and not value.grad.isfinite().all()
     ]
-    return {"loss": float(loss), "weights": weights, "module": first.name, "gradients": gradients}
+    return {"loss": loss.item(), "weights": weights, "module": first.name, "gradients": gradients}
 
 
 def print_replay(run: Path) -> None:
@@ -132,7 +136,7 @@ def print_replay(run: Path) -> None:
     position = json.loads((run / FOLDER / "step.json").read_text())
     console = Console(highlight=False, markup=False)
     console.print("kept:", ", ".join(f"{name} {value}" for name, value in position.items()))
-    console.print(f"loss now, on one process in float32: {found['loss']}")
+    console.print(f"loss now, on one process: {found['loss']}")
     for what in ("weights", "gradients"):
         names = found[what]
         console.print(
@@ -140,4 +144,4 @@ def print_replay(run: Path) -> None:
         )
     console.print(f"first module whose output is not finite: {found['module'] or 'none'}")
     if found["module"] is None:
-        console.print("Here all is finite: the run's precision (training.autocast, candidates.precision) is a suspect.")
+        console.print("Here all is finite: the run's device or its precision (training.autocast) is a suspect.")

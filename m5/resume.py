@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,7 @@ from m5.schema import PreparedDataset
 
 Resume = Literal["no", "yes", "over"]
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
 JOB = ".job"  # torchrun's id of the job that has begun or continued the run
 # Settings that change neither what is computed nor in which order; a resumed run may have others.
 HARMLESS = {
@@ -37,6 +39,10 @@ HARMLESS = {
     *(f"training.{name}" for name in ("checkpoint_minutes", "checkpoint_every", "keep_checkpoints")),
     *("sequences.prefetch", "sharding.default", "sharding.tables"),
 }
+
+
+# Settings in which ranks may differ: nodes mount data where they like.
+A_RANKS_OWN = {"data", "training.threads", "sequences.prefetch"}
 
 
 @dataclass
@@ -79,7 +85,10 @@ class Position:
             return cls()
         different = [name for name, value in identity.items() if record.get(name) != value]
         if different:
-            changes = ", ".join(f"{name} was {record.get(name)} and is {identity[name]}" for name in different[:3])
+            hashes = {"manifest": "the dataset is another one", "content": "the content vectors are others"}
+            changes = ", ".join(
+                hashes.get(name, f"{name} was {record.get(name)} and is {identity[name]}") for name in different[:3]
+            )
             raise ConfigError(
                 f"cannot resume: {changes}. A run goes on with the dataset and settings that it began with; choose "
                 "another --out, or start over with --restart."
@@ -96,71 +105,120 @@ class Position:
 
 
 def identity(dataset: PreparedDataset, config: RunConfig) -> dict[str, Any]:
-    """What must be the same on all ranks, and when a run is resumed: dataset, content vectors, settings that matter."""
+    """What must be the same when a run is resumed: dataset, content vectors, and the settings that matter."""
     manifest = hashlib.sha256(dataset.manifest.model_dump_json().encode()).hexdigest()
     content = ""
     if all((dataset.folder / "content" / f"{kind}.npy").is_file() for kind in config.model.content):
         content = content_digest(dataset, config.model.content)
-    return {"manifest": manifest, "content": content} | dict(_settings(config.model_dump(mode="json")))
+    settings = {name: value for name, value in all_settings(config).items() if name not in HARMLESS}
+    return {"manifest": manifest, "content": content} | settings
 
 
-def _settings(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in section.items():
-        if f"{prefix}{name}" in HARMLESS:
-            continue
-        if isinstance(value, dict):
-            yield from _settings(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def all_settings(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted name."""
+
+    def flat(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in section.items():
+            if isinstance(value, dict) and f"{prefix}{name}" != "sharding.tables":
+                yield from flat(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    return dict(flat(config.model_dump(mode="json"), ""))
 
 
 @contextmanager
-def begin(config: RunConfig, place: World, resume: Resume) -> Iterator[Checkpoints]:
+def begin(
+    config: RunConfig, place: World, resume: Resume, identity: dict[str, Any], beat: Callable[[str], None]
+) -> Iterator[Checkpoints]:
     """Make RUN ready and open its checkpoints (a collective call).
 
+    Args:
+        identity: of the training that is about to begin.
+        beat: tells the watchdog of progress.
+
     Raises:
-        ConfigError: RUN is no run, or holds an unfinished one that nobody said what to do with.
+        ConfigError: RUN is no run, belongs to another training, is in use, or holds results that nobody gave up.
     """
     # Nodes count restarts differently once one of them has restarted for another's sake.
     restarts: list[int] = [0] * place.size
     dist.all_gather_object(restarts, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
-    on_first(lambda: _prepare_folder(config, resume, restarted=max(restarts) > 0))
-    with Checkpoints(config.out / CHECKPOINTS, keep=config.training.keep_checkpoints, place=place) as checkpoints:
-        yield checkpoints
+    with ExitStack() as stack:
+        on_first(lambda: _take(stack, config, resume, max(restarts) > 0, identity))
+        keep = config.training.keep_checkpoints
+        with Checkpoints(config.out / CHECKPOINTS, keep=keep, place=place, beat=beat) as checkpoints:
+            yield checkpoints
 
 
-def _prepare_folder(config: RunConfig, resume: Resume, restarted: bool) -> None:
-    """Make RUN; unless it is resumed, take an earlier run's results away so that they cannot be read as this one's."""
+def _take(stack: ExitStack, config: RunConfig, resume: Resume, restarted: bool, identity: dict[str, Any]) -> None:
+    """Make RUN this training's; nothing is changed before it is clear that it may be."""
     out, job = Path(config.out), os.environ.get("TORCHELASTIC_RUN_ID", "")
+    _refuse_foreign(out)
+    out.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(_lock(out))
     # What this very job has begun it goes on with. A job that was refused, and that torchrun starts again all the same,
     # has begun nothing.
-    if restarted and (out / JOB).is_file() and (out / JOB).read_text() == job:
-        resume = "yes"
-    if out.exists() and not (out / "config.yaml").is_file() and any(out.iterdir()):
-        raise ConfigError(f"{out} exists and is not a run of m5; choose another --out.")
-    unfinished = _unfinished(out)
-    if resume == "no" and unfinished is not None:
+    own = restarted and (out / JOB).is_file() and (out / JOB).read_text() == job
+    there = checkpoints_in(out / CHECKPOINTS)
+    if own or resume == "yes":
+        if there and (record := newest(out / CHECKPOINTS)) is None:
+            raise ConfigError(
+                f"{out / CHECKPOINTS}: no checkpoint can be read. Bring an intact copy back, or start over with --restart."
+            )
+        if there:
+            Position.of(record, identity)
+        elif not own and (out / BEST).is_dir():
+            raise ConfigError(f"{out} has weights but no checkpoint to resume from. Start over with --restart.")
+    elif resume == "no" and (there or (out / BEST).is_dir()):
         raise ConfigError(
-            f"{out} holds an unfinished training ({unfinished}). Continue it with --resume, start over with --restart, "
-            "or choose another --out."
+            f"{out} holds {_description(out)}. Continue it with --resume, replace it with --restart, or choose another "
+            "--out."
         )
-    if resume != "yes" or not checkpoints_in(out / CHECKPOINTS):
-        for name in (BEST, CHECKPOINTS, "tensorboard", "replay", "stalls"):
+    if resume == "over" and not own:
+        for name in (CHECKPOINTS, "replay", "stalls"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        there = []
+    if not there:
+        # Nothing of an earlier training may be read as this one's.
+        for name in (BEST, "tensorboard"):
             shutil.rmtree(out / name, ignore_errors=True)
         for name in ("metrics.jsonl", "evaluation.json"):
             (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
     config.write(out / "config.yaml")
     if job:
         (out / JOB).write_text(job)
 
 
-def _unfinished(out: Path) -> str | None:
-    """How far the unfinished training in RUN had come, by its newest readable checkpoint; None where there is none."""
+def _refuse_foreign(out: Path) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        RunConfig.read(out / "config.yaml")
+    except ConfigError:
+        raise ConfigError(f"{out} exists and is not a run of m5; choose another --out.") from None
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """One training at a time in a folder; the system gives the lock back when its process ends, however it does."""
+    with (out / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{out} is in use: another training writes to it. Choose another --out.") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _description(out: Path) -> str:
+    """What training RUN holds, by its newest readable checkpoint."""
     record = newest(out / CHECKPOINTS)
-    if record is None or record["position"]["finished"]:
-        return None
-    return f"{record['step']:,} steps taken"
+    if record is None:
+        return "the results of a training, without a checkpoint that can be read"
+    if record["position"]["finished"]:
+        return "a finished training"
+    return f"an unfinished training ({record['step']:,} steps taken)"
 
 
 class Stopped(Exception):

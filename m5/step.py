@@ -19,12 +19,14 @@ from m5.model.m5 import Scores
 from m5.parallel import DistributedModelParallel, World, dense_parameters, pipelined
 
 
-class NonFiniteLoss(Exception):
-    """The loss is NaN or infinite on all ranks; nothing has been updated by this step."""
+class NonFinite(Exception):
+    """The loss, or the norm of the dense gradient, is NaN or infinite on all ranks.
 
-    def __init__(self, loss: float):
-        super().__init__(f"the loss is {loss}")
-        self.loss = loss
+    The dense part has not been updated by this step; the tables have not where it is the loss.
+    """
+
+    def __init__(self, what: str, value: float):
+        super().__init__(f"the {what} is {value}")
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,10 @@ class Stepper:
         return self._stepped(scores)
 
     def backward(self, loss: Tensor, batch: Batch) -> None:
-        """Raises NonFiniteLoss before anything is changed; all ranks have the same loss, so all raise it."""
+        """Raises NonFinite before anything is changed; all ranks have the same loss, so all raise it."""
         self.loss, self.batch = loss.item(), batch
         if not math.isfinite(self.loss):
-            raise NonFiniteLoss(self.loss)
+            raise NonFinite("loss", self.loss)
         # Gradients are averaged over ranks; the loss is a mean over the requests of all ranks.
         with torch.autocast(self.place.device.type, enabled=False):
             (loss * (self.place.size / sum(batch.ranks_P))).backward()
@@ -144,5 +146,7 @@ class _Clipped:
         self.stepper.optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> None:
-        nn.utils.clip_grad_norm_(self.stepper.dense.values(), self.stepper.config.optimizer.clip)
+        norm = nn.utils.clip_grad_norm_(self.stepper.dense.values(), self.stepper.config.optimizer.clip).item()
+        if not math.isfinite(norm):
+            raise NonFinite("gradient's norm", norm)
         self.stepper.optimizer.step()

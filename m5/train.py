@@ -9,16 +9,17 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from m5.assemble import build_model
 from m5.batch import Batch
-from m5.best import content_digest, save_weights
+from m5.best import save_weights
 from m5.checkpoint import Checkpoints
+from m5.checkpoint_tensors import local_parts
 from m5.config import ConfigError, RunConfig
 from m5.data.loader import Loader
 from m5.data.sequences import BatchBuilder
@@ -27,24 +28,27 @@ from m5.evaluate import Scorer, evaluate
 from m5.health import Health
 from m5.losses import M5Train, MatchingLoss
 from m5.model.m5 import M5
-from m5.parallel import World, distribute, training_state, whole_state, world
+from m5.parallel import World, distribute, sum_over_ranks, training_state, whole_state, world
 from m5.predict import Predictor
 from m5.progress import TrainingLog
-from m5.ranks import ALONE, Exchange, Pulse, agree
+from m5.ranks import ALONE, Exchange, Pulse, agree, on_first
 from m5.replay import save_replay
-from m5.resume import Position, Resume, Stopped, StopRequest, begin, identity
+from m5.resume import A_RANKS_OWN, Position, Resume, Stopped, StopRequest, all_settings, begin, identity
 from m5.schema import DataError, PreparedDataset
-from m5.step import NonFiniteLoss, Stepped, Stepper
+from m5.step import NonFinite, Stepped, Stepper
 from m5.watchdog import Watchdog
 
+Beat = Callable[[str], None]
 
-def train(config: RunConfig, resume: Resume = "no") -> dict[str, float]:
+
+def train(config: RunConfig, resume: Resume = "no", trainer: type[Trainer] | None = None) -> dict[str, float]:
     """Train one run and leave its best-on-validation weights in `config.out`.
 
     Args:
-        resume: what to do with the checkpoints of an earlier run in `config.out`: "yes" continues from the newest one,
-            "no" refuses to lose those of an unfinished run, "over" starts over. A job that torchrun has restarted
-            goes on with what it has begun, whatever is said here.
+        resume: what to do with an earlier training in `config.out`: "yes" continues from its newest checkpoint, "no"
+            refuses to lose it, "over" starts over. A job that torchrun has restarted goes on with what it has begun,
+            whatever is said here.
+        trainer: `Trainer`, or one that does more.
 
     Returns:
         Validation metrics of those weights.
@@ -56,7 +60,11 @@ def train(config: RunConfig, resume: Resume = "no") -> dict[str, float]:
     share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.training.threads or int(os.environ.get("OMP_NUM_THREADS", max(1, share))))
     with world(config.training.device) as place:
-        return Trainer(config, place).run(resume)
+        # Before anything is compared by it: a limit on one rank alone would be a hang of its own.
+        agree(place.size, {"training.stall_seconds": config.training.stall_seconds})
+        limit, folder = config.training.stall_seconds, config.out / "stalls"
+        with Watchdog(limit=limit, rank=place.rank, size=place.size, folder=folder) as watchdog:
+            return (trainer or Trainer)(config, place, watchdog.beat).run(resume)
 
 
 def softmax_precision(setting: str, device: torch.device) -> torch.dtype:
@@ -112,30 +120,40 @@ class Schedule:
 class _Watched:
     """A scorer that tells the watchdog of its progress."""
 
-    def __init__(self, scorer: Scorer, watchdog: Watchdog):
-        self.scorer, self.watchdog, self.name = scorer, watchdog, scorer.name
+    def __init__(self, scorer: Scorer, beat: Beat):
+        self.scorer, self.beat, self.name = scorer, beat, scorer.name
 
-    def score(self, event_index):
-        self.watchdog.beat("validation")
+    def score(self, event_index: np.ndarray) -> Tensor | np.ndarray:
+        self.beat("validation")
         return self.scorer.score(event_index)
 
 
 class Trainer:
-    """State of one rank's training; `run` is the loop."""
+    """State of one rank's training; `run` is the loop.
 
-    def __init__(self, config: RunConfig, place: World):
-        self.config, self.place = config, place
+    Args:
+        config: the run.
+        place: this rank.
+        beat: tells the watchdog of progress.
+    """
+
+    def __init__(self, config: RunConfig, place: World, beat: Beat = lambda where: None):
+        self.config, self.place, self.beat = config, place, beat
+        beat("reading the dataset")
         self.dataset = PreparedDataset(config.data)
         self.identity = identity(self.dataset, config)
-        agree(place.size, self.identity)
+        shared = {name: value for name, value in all_settings(config).items() if name not in A_RANKS_OWN}
+        agree(place.size, {"manifest": self.identity["manifest"], "content": self.identity["content"], **shared})
         self.builder = BatchBuilder(self.dataset, config)
         counts = self.dataset.manifest.split_counts
         if counts["train"] == 0:
             raise DataError(f"{config.data}: no event lies in the training period, so there is nothing to train on.")
         if counts["valid"] == 0:
             raise DataError(f"{config.data}: no event lies in the validation period, which chooses the checkpoint.")
+        beat("building the model")
         bare = build_model(self.dataset, config, table_device="meta")
         whole = training_model(self.dataset, config, bare, place.device, Exchange(place.rank, place.size))
+        beat("sharding the tables")
         self.model = distribute(whole, config, place)
         # The unsharded twin that validation scores with, on the first rank.
         self.twin: Predictor | None = None
@@ -143,29 +161,27 @@ class Trainer:
             twin = build_model(self.dataset, config).to(place.device)
             self.twin = Predictor(twin, self.builder, config, place.device)
         self.stepper = Stepper(self.model, config, place)
-        self.watchdog = Watchdog(
-            limit=config.training.stall_seconds, rank=place.rank, size=place.size, folder=config.out / "stalls"
-        )
 
     def validate(self) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Validation metrics, the same on every rank, and the weights, whole, on the first (a collective call)."""
         state = whole_state(self.model, self.place.device)
-        metrics: list[dict[str, float]] = [{}]
-        if self.twin is not None:
-            self.twin.update(state)
-            report = evaluate(
-                self.dataset,
-                [_Watched(self.twin, self.watchdog)],
-                split="valid",
-                filter_seen=self.config.training.filter_seen,
-                max_targets=self.config.training.validation_targets,
-                bootstrap=0,
-                seed=self.config.seed,
-            )
-            overall = report["models"][self.twin.name]["overall"]
-            metrics[0] = {key: value for key, value in overall.items() if isinstance(value, int | float)}
-        dist.broadcast_object_list(metrics, src=0)
-        return metrics[0], state
+        return on_first(lambda: self._measure(state)), state
+
+    def _measure(self, state: dict[str, Tensor]) -> dict[str, float]:
+        """On the first rank: metrics of these weights."""
+        assert self.twin is not None
+        self.twin.update(state)
+        report = evaluate(
+            self.dataset,
+            [_Watched(self.twin, self.beat)],
+            split="valid",
+            filter_seen=self.config.training.filter_seen,
+            max_targets=self.config.training.validation_targets,
+            bootstrap=0,
+            seed=self.config.seed,
+        )
+        overall = report["models"][self.twin.name]["overall"]
+        return {key: value for key, value in overall.items() if isinstance(value, int | float)}
 
     def loader(self, position: Position) -> Loader:
         place = self.place
@@ -181,21 +197,24 @@ class Trainer:
     def run(self, resume: Resume = "no") -> dict[str, float]:
         """Train to the end; see `train`."""
         config, place = self.config, self.place
-        with begin(config, place, resume) as checkpoints, self.watchdog, StopRequest() as asked:
+        with begin(config, place, resume, self.identity, self.beat) as checkpoints, StopRequest() as self.asked:
             state = training_state(self.model, self.stepper.optimizer, self.stepper.dense)
             position = Position.of(checkpoints.load(state), self.identity)
+            if position.finished:
+                return position.best
+            self.beat("the order of the epoch")
             loader = self.loader(position)
             # Epochs differ by a batch or two; a resumed run plans with what it began with.
             position.planned = position.planned or len(loader) * config.training.epochs
             schedule = Schedule(config, total_steps=position.planned)
             self.pulse = Pulse(rank=place.rank, size=place.size, seconds=position.seconds)
-            began = time.monotonic() - position.seconds
+            self.began = time.monotonic() - position.seconds
             with TrainingLog(config.out, enabled=place.first, schedule=schedule, position=position) as log:
                 while not position.finished:
                     for taken in self._steps(loader, schedule, position):
                         position.step, position.batch = position.step + 1, position.batch + 1
                         log.step(position, taken.loss, taken.requests)
-                        self.pulse.tell(stop=asked.signal is not None, seconds=time.monotonic() - began)
+                        self._tell()
                         # once in a while: the model's health, a checkpoint
                         if position.step % config.training.log_every == 0:
                             log.write(position, Health.of(taken.scores, taken.batch, self.dataset.manifest).numbers())
@@ -203,48 +222,60 @@ class Trainer:
                             break
                         if position.checkpoint_due(config.training, self.pulse.seconds):
                             self._checkpoint(checkpoints, state, position, log)
-                    if self.pulse.stop:
-                        self._checkpoint(checkpoints, state, position, log)
-                        checkpoints.wait()
-                        raise Stopped(asked.signal, position.step, config.out)
+                    self._stop_if_asked(checkpoints, state, position, log)
                     # once an epoch, or less often: evaluate, keep the best
                     last = self._out_of_time() or position.epoch + 1 == config.training.epochs
                     if last or (position.epoch + 1) % config.training.evaluate_every == 0:
                         self._validate_and_keep(position, log)
                     position.finished = last or position.stale >= config.training.patience
                     position.epoch, position.batch = position.epoch + 1, 0
-                    loader = self.loader(position)
+                    if not position.finished:
+                        self._stop_if_asked(checkpoints, state, position, log)
+                        self.beat("the order of the epoch")
+                        loader = self.loader(position)
                 self._checkpoint(checkpoints, state, position, log)
+                checkpoints.wait()
         return position.best
+
+    def _tell(self) -> None:
+        self.pulse.tell(stop=self.asked.signal is not None, seconds=time.monotonic() - self.began)
+
+    def _stop_if_asked(self, checkpoints: Checkpoints, state: dict, position: Position, log: TrainingLog) -> None:
+        """Raises Stopped, with all saved, where some rank was asked to stop (a collective call)."""
+        self._tell()
+        self.pulse.read()
+        if self.pulse.stop:
+            self._checkpoint(checkpoints, state, position, log)
+            checkpoints.wait()
+            raise Stopped(self.asked.signal, position.step, self.config.out)
 
     def _steps(self, loader: Loader, schedule: Schedule, position: Position) -> Iterator[Stepped]:
         """One epoch's steps from the position on.
 
         Raises:
-            ConfigError: the loss is not finite; the batch is kept for `m5 replay`.
+            ConfigError: the loss or the gradient is not finite; the batch is kept for `m5 replay`.
         """
         self.model.train()
 
         def watched() -> Iterator[Batch]:
             for batch in loader:
-                self.watchdog.beat(f"epoch {position.epoch + 1}, step {position.step + 1}")
+                self.beat(f"epoch {position.epoch + 1}, step {position.step + 1}")
                 yield batch
 
         try:
             yield from self.stepper.steps(watched(), lambda: schedule.factor(position.step, self.pulse.seconds))
-        except NonFiniteLoss as error:
-            self._keep_for_replay(loader, position, error.loss)
+        except NonFinite as error:
+            self._keep_for_replay(loader, position, error)
 
-    def _keep_for_replay(self, loader: Loader, position: Position, loss: float) -> None:
+    def _keep_for_replay(self, loader: Loader, position: Position, error: NonFinite) -> None:
         state = whole_state(self.model, self.place.device, prefix="")
-        where = f"step {position.step} of epoch {position.epoch + 1}"
-        if self.place.first:
-            place = {"epoch": position.epoch, "step": position.step, "batch": position.batch, "loss": loss}
-            save_replay(self.config.out, loader.whole(position.batch), state, place)
+        place = {"epoch": position.epoch, "step": position.step, "batch": position.batch, "found": str(error)}
+        # All ranks stay until it is written: torchrun ends the others of a rank that leaves.
+        on_first(lambda: save_replay(self.config.out, loader.whole(position.batch), state, place))
         raise ConfigError(
-            f"training diverged: the loss is {loss} at {where}. Lower optimizer.lr, optimizer.table_lr or "
-            f"optimizer.expert_lr. `m5 replay {self.config.out}` runs the batch again and names the first layer that "
-            "is not finite."
+            f"training diverged: {error} at step {position.step} of epoch {position.epoch + 1}. Start over (--restart) "
+            "with a lower optimizer.lr, optimizer.table_lr or optimizer.expert_lr. "
+            f"`m5 replay {self.config.out}` runs the batch again and names the first layer that is not finite."
         )
 
     def _validate_and_keep(self, position: Position, log: TrainingLog) -> None:
@@ -254,14 +285,19 @@ class Trainer:
         position.stale = 0 if improved else position.stale + 1
         if improved:
             position.best = metrics
-            if self.place.first:
-                record = {"step": position.step, "epoch": position.epoch, "valid": metrics}
-                record["seconds"] = self.pulse.seconds
-                record["content"] = content_digest(self.dataset, self.config.model.content)
-                save_weights(self.config.out, state, self.dataset.manifest, record)
+            record = {"step": position.step, "epoch": position.epoch, "valid": metrics, "seconds": self.pulse.seconds}
+            record["content"] = self.identity["content"]
+            on_first(lambda: save_weights(self.config.out, state, self.dataset.manifest, record))
         log.validation(position, metrics, improved)
 
     def _checkpoint(self, checkpoints: Checkpoints, state: dict, position: Position, log: TrainingLog) -> None:
+        """Save where training is. Weights that are not finite are not saved: they would displace those that are."""
+        broken = sum(not value.isfinite().all() for value in local_parts(state).values())
+        if sum_over_ranks(float(broken), self.place.device):
+            raise ConfigError(
+                f"training diverged: weights are not finite after step {position.step}. Start over (--restart) with a "
+                "lower optimizer.lr, optimizer.table_lr or optimizer.expert_lr; checkpoints from before are kept."
+            )
         position.seconds = position.saved_at = self.pulse.seconds
         position.log = log.state()
         checkpoints.save(state, {**position.record(), **self.identity, "config": self.config.model_dump(mode="json")})

@@ -13,21 +13,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.table_memory import LEFT_OUT, compare
 from m5.assemble import Inputs, build_model
+from m5.checkpoint_tensors import Staging
 from m5.cli import main
 from m5.config import ConfigError, RunConfig, load_config
 from m5.data.loader import Loader, training_windows
 from m5.data.sequences import BatchBuilder
+from m5.parallel import distribute, training_state, world
 from m5.plan.communication import traffic
 from m5.plan.description import GB, Cluster, Dataset, described
 from m5.plan.host_memory import host_memory
 from m5.plan.load import Load, attention_operations, operations, rank_load
-from m5.plan.memory import loss_bytes, total
+from m5.plan.memory import checkpoint_copy, checkpoint_item, loss_bytes, pinned, total
 from m5.plan.plan import Planner, make_plan
 from m5.plan.report import read_cluster, size
 from m5.plan.stand_in import StandIn, whole_histories
 from m5.plan.step_memory import LiveBytes, Sizes, StepMemory, batch_and_model, kept_for_backward, measure
 from m5.planner_topology import Placement, Shard
 from m5.schema import PreparedDataset
+from m5.step import Stepper
 from m5.train import training_model
 from tests.world import write_world
 
@@ -154,6 +157,58 @@ def test_a_large_table_is_placed_row_wise_and_counted_by_hand() -> None:
     assert items["their optimizer"] == 4 * sum(p.shards[0].rows for p in plan.placements)
     for placement in plan.placements:
         assert sum(shard.rows for shard in placement.shards) == placement.rows
+
+
+def test_the_checkpoints_copy_is_what_a_rank_stages(tmp_path: Path) -> None:
+    """Byte for byte, on a CPU rank; its dense part lies in the account of a GPU's node, too."""
+    config = settings(*VARIANTS["paper"], "training.device=cpu")
+    prepared = write_world(tmp_path / "data", users=30)
+    dataset = Dataset.of(prepared)
+    with world("cpu") as place:
+        whole = training_model(prepared, config, build_model(prepared, config, table_device="meta"))
+        stepper = Stepper(distribute(whole, config, place), config, place)
+        state = training_state(stepper.model, stepper.optimizer, stepper.dense)
+        staged = sorted(copy.nbytes for copy in Staging(place.device).copy(state).values())
+    planner = Planner(Cluster(hardware="cpu", ranks_per_node=1), dataset, config)
+    plan = planner.plan()
+    assert sorted(checkpoint_copy(plan.placements, 0, planner.dense_sizes)) == staged
+    account = sum(item.bytes for item in plan.rank if item.what.startswith("checkpoint"))
+    assert account == sum(staged) - 4 * len(stepper.dense)  # the account leaves out AdamW's counts
+
+
+def test_page_locked_copies_by_hand() -> None:
+    """2 nodes of 2 ranks; rows of 12 bytes on ranks 2 and 3. torch takes powers of two."""
+    cluster = Cluster(hardware="h100", nodes=2, ranks_per_node=2)
+    table = Placement("t", 12, 3, "row_wise", "fused", (Shard(2, 7, 3), Shard(3, 5, 3)))
+    dense = 4 + 3 * 64  # 10 weights of 4 bytes, thrice, and a count
+    assert sum(checkpoint_copy([table], 2, [10])) == 7 * 12 + 7 * 4 + 3 * 40 + 4
+    assert checkpoint_item(cluster, [table], [10]).bytes == (128 + 32 + dense) + (64 + 32 + dense)
+    assert [pinned([size]) for size in (0, 1, 4, 5, 2**30, 2**30 + 1)] == [0, 1, 4, 8, 2**30, 2**31]
+
+
+def test_page_locked_copies_are_part_of_a_nodes_account(planner: Planner) -> None:
+    plan = planner.plan()
+    copy = next(item for item in plan.host if item.what == "checkpoint: copy")
+    assert copy == checkpoint_item(planner.cluster, plan.placements, planner.dense_sizes)
+    room = planner.host_room
+    try:
+        planner.host_room = total(plan.host) - 1  # too little by the copy's last byte
+        assert not planner.fits(plan.placements, plan.sequences)
+        planner.host_room += 1
+        assert planner.fits(plan.placements, plan.sequences)
+    finally:
+        planner.host_room = room
+
+
+def test_a_cpu_ranks_tables_must_leave_room_for_their_copy() -> None:
+    """20 million rows of 132 bytes: 1.32 GB a rank, and as much again for the copy."""
+    dataset = SERVICE.model_copy(update={"user_features": {"user_id": 20_000_000 - 1}})
+    config = settings("model.width=32")
+    planner = Planner(Cluster(hardware="cpu", ranks_per_node=2), dataset, config)
+    besides, tables = total(planner.besides_tables(64)), 20_010_000 * 132 / 2
+    for copies, placed in ((2.01, True), (1.9, False)):
+        planner.rank_room = besides + copies * tables
+        assert (planner.placed(64) is not None) == placed
 
 
 def test_traffic_by_hand() -> None:
@@ -324,6 +379,9 @@ def test_exit_code_1_where_it_does_not_fit(tmp_path: Path, capsys: pytest.Captur
         ({"hardware": "h100", "node": 2}, "node: Extra inputs"),
         ({"hardware": "h100", "nodes": 0}, "nodes: Input should be greater"),
         ({"hardware": "cpu", "device_memory": 10}, "no effect on CPU"),
+        ({"hardware": "cpu", "host_memory": float("inf")}, "host_memory: Input should be"),
+        ({"hardware": "h100", "allowance": float("nan")}, "allowance: Input should be a finite number"),
+        ({"hardware": "h100", "host_memory": 1e300}, "host_memory: Input should be less"),
     ],
 )
 def test_mistakes_in_a_cluster_are_refused(wrong: dict, words: str) -> None:
@@ -337,7 +395,11 @@ def test_mistakes_in_a_cluster_are_refused(wrong: dict, words: str) -> None:
         ({"cold_titles": 700}, "cold_titles must be fewer"),
         ({"longest_history": 5}, "below the mean"),
         ({"rights": ("country",)}, "rights names no scenario: country"),
-        ({"scenarios": {"region": 0}}, "at least one value: region"),
+        ({"scenarios": {"region": 0}}, "scenarios.region: Input should be greater"),
+        ({"content": {"graph": -4}}, "content.graph: Input should be greater"),
+        ({"user_features": {"user.id": 5}}, "must not be empty or hold a dot or slash: 'user.id'"),
+        ({"contexts": {"": 5}}, "must not be empty or hold a dot or slash: ''"),
+        ({"titles": 2**31}, "titles: Input should be less"),
         ({"user": 5}, "user: Extra inputs"),
     ],
 )
@@ -362,6 +424,25 @@ def test_mistakes_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         assert main(arguments) == 2
         assert words in capsys.readouterr().err, arguments
     assert main([*given, "model.content=[]"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "words"),
+    [
+        ("cluster", "host_memory: .inf", "host_memory: Input should be"),
+        ("dataset", "content: {graph: -4}", "content.graph: Input should be greater"),
+        ("dataset", "user_features: {user.id: 10}", "a dot or slash: 'user.id'"),
+    ],
+)
+def test_values_of_no_machine_and_no_dataset(
+    tmp_path: Path, capsys: pytest.CaptureFixture, file: str, line: str, words: str
+) -> None:
+    files = {"cluster": "hardware: cpu\n", "dataset": "users: 10\ntitles: 10\nevents: 100\nlongest_history: 20\n"}
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text + (line if name == file else ""))
+    given = ["plan", "--cluster", str(tmp_path / "cluster.yaml"), "--dataset", str(tmp_path / "dataset.yaml")]
+    assert main([*given, "model.content=[]"]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_known_hardware_takes_nodes_and_ranks() -> None:

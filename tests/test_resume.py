@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -25,13 +26,20 @@ from m5.config import ConfigError
 from m5.data.loader import Loader
 from m5.parallel import world
 from m5.replay import load_batch, replay, save_batch
-from m5.resume import Stopped
+from m5.resume import Position, Stopped
 from m5.schema import DataError
+from m5.step import NonFinite
 from m5.train import Trainer, train
 from tests.world import TINY, tiny_config, write_world
 
 DROPS = ("model.dropout=0.2", "model.id_dropout=0.1", "model.scenario_dropout=0.1")
-LONG = ("training.epochs=5", "training.log_every=1", "training.checkpoint_every=3", "training.patience=99", *DROPS)
+# Epochs of unequal length under a schedule that plans with their number.
+UNEQUAL = ("optimizer.schedule=cosine", "sequences.requests=2", "sequences.sequences=7")
+LONG = (
+    *("training.epochs=5", "training.log_every=1", "training.checkpoint_every=3", "training.patience=99"),
+    *DROPS,
+    *UNEQUAL,
+)
 KILLS = 20
 
 
@@ -47,6 +55,13 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     train(tiny_config(data, run, *LONG))
     return run
+
+
+def test_epochs_differ_in_length(data: Path, tmp_path: Path) -> None:
+    """Else the tests below could not see a schedule that is planned anew."""
+    with world("cpu") as place:
+        trainer = Trainer(tiny_config(data, tmp_path / "run", *LONG), place)
+        assert len({len(trainer.loader(Position(epoch=epoch))) for epoch in range(5)}) > 1
 
 
 def weights(run: Path) -> dict[str, Tensor]:
@@ -81,7 +96,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIG
 # ---- stopping and going on, one rank ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [1, 4, 11])
+@pytest.mark.parametrize("step", [1, 4, 37])
 @pytest.mark.parametrize("pipeline", ["false", "true"])
 def test_a_stopped_training_goes_on_as_the_uninterrupted_one(
     data: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, pipeline: str
@@ -137,7 +152,7 @@ def test_a_run_goes_on_with_its_own_settings(data: Path, stopped: Path, tmp_path
     with pytest.raises(ConfigError, match=r"cannot resume: optimizer\.lr was 0\.002 and is 0\.1"):
         train(tiny_config(data, stopped, *LONG, "optimizer.lr=0.1"), resume="yes")
     write_world(tmp_path / "other", users=60, rights=True, seed=1)
-    with pytest.raises(ConfigError, match="cannot resume: manifest was"):
+    with pytest.raises(ConfigError, match="cannot resume: the dataset is another one"):
         train(tiny_config(tmp_path / "other", stopped, *LONG), resume="yes")
 
 
@@ -192,6 +207,23 @@ def test_only_the_last_checkpoints_are_kept(undisturbed: Path) -> None:
     assert kept[-1].startswith(f"step-{steps:08d}")
 
 
+def test_a_signal_during_validation_is_heeded_after_it(data: Path, tmp_path: Path, monkeypatch) -> None:
+    """Not two steps later, which may be minutes: torchrun waits half a minute."""
+    measure = Trainer._measure
+
+    def asked(self, state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self, state)
+
+    config = tiny_config(data, tmp_path / "run", *LONG)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_measure", asked)
+        with pytest.raises(Stopped):
+            train(config)
+    record = newest(tmp_path / "run" / "checkpoints")
+    assert (record["position"]["epoch"], record["position"]["batch"]) == (1, 0)
+
+
 # ---- a loss that is not finite ---------------------------------------------------------------------------------------
 
 
@@ -202,6 +234,7 @@ def diverged(tmp_path: Path) -> Path:
     config = tiny_config(tmp_path / "data", tmp_path / "run", "optimizer.table_lr=1e38", "model.score=dot", *DROPS)
     with pytest.raises(ConfigError, match=r"diverged: the loss is (nan|inf) at step \d+ .*m5 replay"):
         train(config)
+    assert not (tmp_path / "run" / "best").exists()
     return tmp_path / "run"
 
 
@@ -211,9 +244,54 @@ def test_the_batch_of_a_loss_that_is_not_finite_is_kept(diverged: Path, capsys) 
     assert found["module"] is not None
     position = json.loads((diverged / "replay" / "step.json").read_text())
     assert int(position["step"]) >= 1
-    # The weights are those from before the step: that they are finite is what makes the batch worth running again.
     assert main(["replay", str(diverged)]) == 0
     assert f"step {position['step']}" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_displace_no_checkpoint(tmp_path: Path) -> None:
+    """The tables overflow in a step whose loss and gradient still are numbers."""
+    write_world(tmp_path / "data", users=60, rights=True)
+    absurd = ("optimizer.table_lr=1e38", "model.score=dot", "training.checkpoint_every=1")
+    with pytest.raises(ConfigError, match=r"diverged: weights are not finite after step 1\."):
+        train(tiny_config(tmp_path / "data", tmp_path / "run", *absurd))
+    assert newest(tmp_path / "run" / "checkpoints") is None
+
+
+def test_a_gradient_that_is_not_finite_is_not_stepped_with(data: Path, tmp_path: Path) -> None:
+    with world("cpu") as place:
+        trainer = Trainer(tiny_config(data, tmp_path / "run"), place)
+        name, parameter = next(iter(trainer.stepper.dense.items()))
+        parameter.register_hook(lambda gradient: gradient * torch.inf)
+        before = parameter.detach().clone()
+        with pytest.raises(NonFinite, match="the gradient's norm is"):
+            trainer.stepper.step(next(iter(trainer.loader(Position()))), 1.0)
+        assert torch.equal(parameter, before), name
+
+
+def test_nothing_of_an_earlier_run_is_lost_by_accident(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """A repeated command, damaged checkpoints, a refused resumption, a stranger's folder, a second start."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+
+    def refused(match: str, resume: str = "no", *overrides: str) -> None:
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+        with pytest.raises((ConfigError, DataError), match=match):
+            train(tiny_config(data, run, *LONG, *overrides), resume=resume)
+        assert {path: path.read_bytes() for path in before} == before
+
+    refused("holds a finished training")
+    refused(r"cannot resume: model\.width was 16 and is 32", "yes", "model.width=32")
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused("is in use", "over")
+    for checkpoint in (run / "checkpoints").iterdir():
+        (checkpoint / "checkpoint.json").write_text("{")
+    refused("without a checkpoint that can be read")
+    refused("no checkpoint can be read", "yes")
+    shutil.rmtree(run / "checkpoints")
+    refused("no checkpoint to resume from", "yes")
+    (run / "config.yaml").write_text("server: {port: 80}")
+    refused("not a run of m5", "over")
 
 
 def test_a_run_that_has_kept_no_batch_says_so(undisturbed: Path) -> None:

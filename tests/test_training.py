@@ -122,7 +122,7 @@ def lines(run: Path, kind: str) -> list[dict]:
 
 def test_run_leaves_its_files(run: tuple[Path, dict[str, float]], data: Path) -> None:
     folder, _ = run
-    files = {"best", "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"}
+    files = {".lock", "best", "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"}
     assert {path.name for path in folder.iterdir()} == files
     assert {path.name for path in (folder / "best").iterdir()} == {"checkpoint.json", "weights.safetensors"}
     assert any((folder / "tensorboard").iterdir())
@@ -180,10 +180,13 @@ def test_training_stops_early_and_replaces_an_earlier_run(data: Path, tmp_path: 
     still = ("optimizer.lr=1e-12", "optimizer.table_lr=1e-12", "optimizer.expert_lr=1e-12")
     settings = ("training.epochs=9", "training.patience=1", *still)
     (tmp_path / "run").mkdir()
-    for _ in range(2):
-        train(tiny_config(data, tmp_path / "run", *settings))
+    config = tiny_config(data, tmp_path / "run", *settings)
+    for resume in ("no", "over"):
+        train(config, resume=resume)
         assert [record["epoch"] for record in lines(tmp_path / "run", "valid")] == [0, 1]
     assert read_record(tmp_path / "run")["epoch"] == 0
+    with pytest.raises(ConfigError, match=r"holds a finished training\. .*--restart"):
+        train(config)
 
 
 def test_evaluate_every(data: Path, tmp_path: Path) -> None:
@@ -251,7 +254,7 @@ def test_non_finite_loss_ends_the_run(tmp_path: Path) -> None:
     write_world(tmp_path / "data")
     path = tmp_path / "data" / "content" / "graph.npy"
     np.save(path, np.full_like(np.load(path), np.nan))
-    with pytest.raises(ConfigError, match=r"diverged: the loss is nan at step 0 .*Lower optimizer\.lr"):
+    with pytest.raises(ConfigError, match=r"diverged: the loss is nan at step 0 .*lower optimizer\.lr"):
         train(tiny_config(tmp_path / "data", tmp_path / "run"))
     assert not (tmp_path / "run" / "best").exists()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -23,26 +24,33 @@ FIGURES = tuple(name for name in Hardware.__dataclass_fields__ if name != "devic
 Description = TypeVar("Description", bound=BaseModel)
 
 
+# Of memory (GB) or a link (GB/s). Bounds are far beyond any machine or service; they keep slips such as 1e300 out of
+# the arithmetic. Titles, viewers and values are numbered by int32 (`m5.schema`).
+Figure = Annotated[float, Field(gt=0, le=10**9)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Width = Annotated[int, Field(ge=1, le=2**16)]
+
+
 class _Described(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Cluster(_Described):
     """Machines that train together. Figures that are not given are those of `hardware`."""
 
     hardware: str = Field(description="A known kind: h100, h200, a100, l40s or cpu.")
-    nodes: int = Field(1, ge=1, description="Machines.")
-    ranks_per_node: int = Field(8, ge=1, description="Processes on a machine: one a GPU.")
+    nodes: Width = Field(1, description="Machines.")
+    ranks_per_node: Width = Field(8, description="Processes on a machine: one a GPU.")
     usable: float = Field(0.9, gt=0, le=1, description="Share of the memory that a plan may fill; the rest is margin.")
-    device_memory: float | None = Field(None, gt=0, description="GB (10^9 bytes) of one GPU.")
-    device_bandwidth: float | None = Field(None, gt=0, description="GB/s between a GPU and its memory.")
-    host_memory: float | None = Field(None, gt=0, description="GB of a node.")
-    host_bandwidth: float | None = Field(None, gt=0, description="GB/s between a node's processors and their memory.")
-    device_to_host: float | None = Field(None, gt=0, description="GB/s between a GPU and the host, one direction.")
-    intra_node: float | None = Field(None, gt=0, description="GB/s that a rank sends within its node.")
-    inter_node: float | None = Field(None, gt=0, description="GB/s that a rank sends to other nodes.")
+    device_memory: Figure | None = Field(None, description="GB (10^9 bytes) of one GPU.")
+    device_bandwidth: Figure | None = Field(None, description="GB/s between a GPU and its memory.")
+    host_memory: Figure | None = Field(None, description="GB of a node.")
+    host_bandwidth: Figure | None = Field(None, description="GB/s between a node's processors and their memory.")
+    device_to_host: Figure | None = Field(None, description="GB/s between a GPU and the host, one direction.")
+    intra_node: Figure | None = Field(None, description="GB/s that a rank sends within its node.")
+    inter_node: Figure | None = Field(None, description="GB/s that a rank sends to other nodes.")
     allowance: float | None = Field(
-        None, ge=0, description="GB a rank for CUDA's context, NCCL, workspaces; on a CPU for the libraries."
+        None, ge=0, le=10**9, description="GB a rank for CUDA's context, NCCL, workspaces; on a CPU for the libraries."
     )
 
     @model_validator(mode="after")
@@ -84,19 +92,19 @@ class Cluster(_Described):
 class Dataset(_Described):
     """Sizes of a dataset. A vocabulary's size does not count the unknown value, which every one has besides."""
 
-    users: int = Field(ge=1, description="Viewers.")
-    titles: int = Field(ge=1, description="N: titles of the catalogue.")
+    users: Count = Field(description="Viewers.")
+    titles: Count = Field(description="N: titles of the catalogue.")
     cold_titles: int = Field(0, ge=0, description="Titles that nobody watched in the training period.")
-    events: int = Field(ge=1, description="Watches in the training period.")
-    longest_history: int = Field(ge=1, description="Training watches of the viewer who has most.")
-    categories: int = Field(1, ge=1, description="Kinds of title, e.g. series and movie.")
-    scenarios: dict[str, int] = Field({}, description="Vocabulary sizes of scenario dimensions, e.g. region, plan.")
-    contexts: dict[str, int] = Field({}, description="Vocabulary sizes of context columns, e.g. device.")
-    user_features: dict[str, int] = Field({}, description="Vocabulary sizes of user features; an id has one a user.")
-    intensities: dict[str, int] = Field({}, description="Buckets of watch-intensity columns, e.g. seconds: 10.")
-    content: dict[Literal["graph", "text", "image"], int] = Field({}, description="Widths of the content vectors.")
+    events: int = Field(ge=1, le=10**15, description="Watches in the training period.")
+    longest_history: Count = Field(description="Training watches of the viewer who has most.")
+    categories: Count = Field(1, description="Kinds of title, e.g. series and movie.")
+    scenarios: dict[str, Count] = Field({}, description="Vocabulary sizes of scenario dimensions, e.g. region, plan.")
+    contexts: dict[str, Count] = Field({}, description="Vocabulary sizes of context columns, e.g. device.")
+    user_features: dict[str, Count] = Field({}, description="Vocabulary sizes of user features; an id has one a user.")
+    intensities: dict[str, Count] = Field({}, description="Buckets of watch-intensity columns, e.g. seconds: 10.")
+    content: dict[Literal["graph", "text", "image"], Width] = Field({}, description="Widths of the content vectors.")
     rights: tuple[str, ...] | None = Field(None, description="Scenarios that rights depend on; none: no rights table.")
-    rights_windows: int = Field(1, ge=1, description="Most windows that one title has in one region and plan.")
+    rights_windows: Count = Field(1, description="Most windows that one title has in one region and plan.")
 
     @model_validator(mode="after")
     def _check(self) -> Dataset:
@@ -106,9 +114,10 @@ class Dataset(_Described):
             raise ValueError(f"longest_history is below the mean, events / users = {self.mean_history:.1f}")
         if unknown := set(self.rights or ()) - set(self.scenarios):
             raise ValueError(f"rights names no scenario: {', '.join(sorted(unknown))}")
-        sizes = self.scenarios | self.contexts | self.user_features | self.intensities
-        if small := [name for name, size in sizes.items() if size < 1]:
-            raise ValueError(f"a vocabulary has at least one value: {', '.join(small)}")
+        names = [*self.scenarios, *self.contexts, *self.user_features, *self.intensities]
+        # They become names of torch's modules, and of files.
+        if wrong := [name for name in names if not re.fullmatch(r"[^./]+", name)]:
+            raise ValueError(f"a name must not be empty or hold a dot or slash: '{wrong[0]}'")
         return self
 
     @property
@@ -127,21 +136,22 @@ class Dataset(_Described):
             )
         arrays = {kind: prepared.content(kind) for kind in ("graph", "text", "image")}
         windows = None if prepared.rights is None else prepared.rights.groupby(["title", *(rights or ())]).size().max()
-        return cls(
-            users=manifest.n_users,
-            titles=manifest.n_titles,
-            cold_titles=manifest.n_cold_titles,
-            events=int(counts.sum()),
-            longest_history=int(counts.max()),
-            categories=max(1, len(manifest.categories.values)),
-            scenarios={v.name: len(v.values) for v in manifest.scenarios},
-            contexts={v.name: len(v.values) for v in manifest.contexts},
-            user_features={v.name: len(v.values) for v in manifest.user_features},
-            intensities={i.name: i.size - 1 for i in manifest.intensities},
-            content={kind: array.shape[1] for kind, array in arrays.items() if array is not None},
-            rights=rights,
-            rights_windows=1 if windows is None else int(windows),
-        )
+        sizes = {
+            "users": manifest.n_users,
+            "titles": manifest.n_titles,
+            "cold_titles": manifest.n_cold_titles,
+            "events": int(counts.sum()),
+            "longest_history": int(counts.max()),
+            "categories": max(1, len(manifest.categories.values)),
+            "scenarios": {v.name: len(v.values) for v in manifest.scenarios},
+            "contexts": {v.name: len(v.values) for v in manifest.contexts},
+            "user_features": {v.name: len(v.values) for v in manifest.user_features},
+            "intensities": {i.name: i.size - 1 for i in manifest.intensities},
+            "content": {kind: array.shape[1] for kind, array in arrays.items() if array is not None},
+            "rights": rights,
+            "rights_windows": 1 if windows is None else int(windows),
+        }
+        return described(cls, sizes, str(prepared.folder))
 
     def inputs(self, config: RunConfig) -> Inputs:
         """What decides the model's sizes; content vectors are on `meta`.

@@ -32,24 +32,56 @@ class Item:
     why: str = ""
 
 
-def table_items(placements: list[Placement], world_size: int) -> list[Item]:
-    """Weights and optimizer of the rank that holds most."""
+def table_items(placements: list[Placement], cluster: Cluster) -> list[Item]:
+    """Weights and optimizer of the rank that holds most; on a CPU also the checkpoint's copy, which is as large."""
+    world_size = cluster.world_size
     weights, optimizer = [0] * world_size, [0] * world_size
     for placement in placements:
         for shard in placement.shards:
             weights[shard.rank] += shard.bytes
             optimizer[shard.rank] += shard.optimizer_bytes
     fullest = max(range(world_size), key=lambda rank: weights[rank] + optimizer[rank])
-    return [
+    items = [
         Item("embedding tables", weights[fullest], f"of rank {fullest}, which holds most"),
         Item("their optimizer", optimizer[fullest], "row-wise Adagrad: 4 bytes a row"),
     ]
+    if cluster.device == "cpu":
+        copy = weights[fullest] + optimizer[fullest]
+        items.append(Item("checkpoint: copy of tables", copy, "with their optimizer, from the first one on"))
+    return items
 
 
-def dense_parameters(model: M5) -> int:
-    """Number of trained weights outside the sharded tables."""
+def dense_sizes(model: M5) -> list[int]:
+    """Number of weights of every trained parameter outside the sharded tables."""
     tables = {id(p) for part in (model.tables, model.experts) if part is not None for p in part.parameters()}
-    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
+    return [parameter.numel() for parameter in model.parameters() if id(parameter) not in tables]
+
+
+def checkpoint_copy(placements: list[Placement], rank: int, dense: list[int]) -> list[int]:
+    """Bytes of every tensor of which a rank keeps a copy for checkpoints (`m5.parallel.training_state`).
+
+    Args:
+        dense: number of weights of every dense parameter, which each rank copies whole, with two moments and a count.
+    """
+    shards = [shard for placement in placements for shard in placement.shards if shard.rank == rank]
+    sharded = [number for shard in shards for number in (shard.bytes, shard.optimizer_bytes)]
+    return sharded + [number for weights in dense for number in (4 * weights, 4 * weights, 4 * weights, 4)]
+
+
+def pinned(sizes: list[int]) -> int:
+    """What torch takes of page-locked memory for tensors of these bytes: powers of two."""
+    return sum(1 << (size - 1).bit_length() for size in sizes if size)
+
+
+def checkpoint_item(cluster: Cluster, placements: list[Placement], dense: list[int]) -> Item:
+    """Page-locked copies of the node of GPUs that needs most for them."""
+    nodes = [
+        range(first, first + cluster.ranks_per_node) for first in range(0, cluster.world_size, cluster.ranks_per_node)
+    ]
+    copies = [[checkpoint_copy(placements, rank, dense) for rank in ranks] for ranks in nodes]
+    taken, exact = max((sum(map(pinned, node)), sum(map(sum, node))) for node in copies)
+    why = f"page-locked, from the first one on; {exact / GB:.3g} GB in blocks of powers of two"
+    return Item("checkpoint: copy", taken, why)
 
 
 def fixed_items(cluster: Cluster, dataset: Dataset, inputs: Inputs, dense: int) -> list[Item]:
@@ -67,6 +99,8 @@ def fixed_items(cluster: Cluster, dataset: Dataset, inputs: Inputs, dense: int) 
         Item("rights", rights, "windows by title and region, plan, ..."),
         Item("framework", cluster.figure("allowance") * GB, "allowance"),
     ]
+    if cluster.device == "cpu":
+        items.append(Item("checkpoint: copy of dense part", 12 * dense, "weights and moments, from the first one on"))
     return [item for item in items if item.bytes]
 
 
@@ -131,7 +165,9 @@ def validation_items(fixed: list[Item], step: list[Item], whole: int, dense: int
 
 
 def host_items(cluster: Cluster, config: RunConfig, host: HostMemory, batch: float, whole: int) -> list[Item]:
-    """A node of GPUs: what its processes hold in the host's memory. On a CPU this is part of the ranks' account.
+    """A node of GPUs: what its processes hold in the host's memory, the checkpoint's copy left out.
+
+    On a CPU this is part of the ranks' account.
 
     Args:
         batch: bytes of one.

@@ -21,8 +21,9 @@ from m5.plan.host_memory import host_memory
 from m5.plan.load import Load, operations, rank_load
 from m5.plan.memory import (
     Item,
+    checkpoint_item,
     dataset_items,
-    dense_parameters,
+    dense_sizes,
     fixed_items,
     host_items,
     step_items,
@@ -83,9 +84,10 @@ class Planner:
         self.inputs: Inputs = dataset.inputs(config)
         with torch.device("meta"):
             self.model: M5 = assemble(self.inputs, config, table_device="meta")
-        self.dense = dense_parameters(self.model)
+        self.dense_sizes = dense_sizes(self.model)
         if config.model.mlm_weight:
-            self.dense += config.model.width * (config.model.width + 1)
+            self.dense_sizes += [config.model.width**2, config.model.width]
+        self.dense = sum(self.dense_sizes)
         self.sharding = sharding_types(self.model, config)
         self.features = {
             table.name: table.feature_names
@@ -120,16 +122,23 @@ class Planner:
         step = step_items(cluster, self.dataset, self.config, load, self.step, exchanged)
         return fixed + step + validation_items(fixed, step, self.whole, self.dense)
 
-    def node(self, sequences: int) -> list[Item]:
+    def node(self, placements: list[Placement], sequences: int) -> list[Item]:
         """A node's host memory; empty on CPU ranks, whose account it is part of."""
         if self.cluster.device == "cpu":
             return []
-        return host_items(self.cluster, self.config, self.host, self.step(self.load(sequences).sizes).batch, self.whole)
+        batch = self.step(self.load(sequences).sizes).batch
+        items = host_items(self.cluster, self.config, self.host, batch, self.whole)
+        return [*items, checkpoint_item(self.cluster, placements, self.dense_sizes)]
+
+    def table_room(self, sequences: int) -> float:
+        """Bytes of a rank that a batch of that size leaves for tables; a CPU rank holds the checkpoint's copy, too."""
+        free = self.rank_room - total(self.besides_tables(sequences))
+        return free / 2 if self.cluster.device == "cpu" else free
 
     def placed(self, sequences: int) -> list[Placement] | None:
         """Tables placed in what a batch of that size leaves free."""
         cluster = self.cluster
-        free = int(self.rank_room - total(self.besides_tables(sequences)))
+        free = int(self.table_room(sequences))
         if free <= 0:
             return None
         bandwidths = ("device_bandwidth", "host_bandwidth", "device_to_host", "intra_node", "inter_node")
@@ -144,8 +153,8 @@ class Planner:
         return place(self.model, machines, lookups={}, sharding=self.sharding)
 
     def fits(self, placements: list[Placement], sequences: int) -> bool:
-        needed = total(table_items(placements, self.cluster.world_size)) + total(self.besides_tables(sequences))
-        return needed <= self.rank_room and total(self.node(sequences)) <= self.host_room
+        needed = total(table_items(placements, self.cluster)) + total(self.besides_tables(sequences))
+        return needed <= self.rank_room and total(self.node(placements, sequences)) <= self.host_room
 
     def largest(self, placements: list[Placement]) -> int:
         """Most sequences of a batch that fit beside these placements, found by bisection; 0 where none does."""
@@ -165,7 +174,7 @@ class Planner:
         placements = self.placed(sequences) or self.placed(1)
         tables = placements or []
         load = self.load(sequences)
-        rank = (table_items(tables, self.cluster.world_size) if tables else []) + self.besides_tables(sequences)
+        rank = (table_items(tables, self.cluster) if tables else []) + self.besides_tables(sequences)
         largest = self.largest(tables) if tables else 0
         fits = bool(tables) and self.fits(tables, sequences)
         per_epoch = self.dataset.sequences_per_epoch(config)
@@ -177,7 +186,7 @@ class Planner:
             placements=tables,
             rank=rank,
             rank_room=self.rank_room,
-            host=self.node(sequences),
+            host=self.node(tables, sequences),
             host_room=self.host_room,
             mapped=self.host.mapped,
             sequences=sequences,
@@ -188,28 +197,28 @@ class Planner:
             steps=math.ceil(per_epoch / sequences),
             traffic=traffic(self.cluster, tables, self.features, load, self.dense, config) if tables else [],
             operations=operations(self.model, load, config),
-            advice="" if fits else self._advice(bool(tables), largest),
+            advice="" if fits else self._advice(tables, largest),
         )
 
     def _all_sequences(self) -> RunConfig:
         settings = self.config.sequences.model_copy(update={"sequences_per_epoch": None})
         return self.config.model_copy(update={"sequences": settings})
 
-    def _advice(self, tables_fit: bool, largest: int) -> str:
-        cluster, host = self.cluster, total(self.node(1))
+    def _advice(self, placements: list[Placement], largest: int) -> str:
+        cluster, host = self.cluster, total(self.node(placements, 1))
         if host > self.host_room:
             return (
                 f"A node's host memory is too small: {host / GB:.0f} GB are needed, {self.host_room / GB:.0f} GB are "
                 "usable. Most of it is needed once a rank: fewer ranks a node, or machines with more memory."
             )
-        if tables_fit and largest:
+        if placements and largest:
             return f"A smaller batch fits: sequences.sequences={largest}."
         sizes = [(t.num_embeddings, t.embedding_dim) for c in collections(self.model) for t in c.embedding_configs()]
         needed = sum(rows * (FLOAT * width + OPTIMIZER_BYTES_PER_ROW) for rows, width in sizes)
         besides = self.besides_tables(1)
-        free = self.rank_room - total(besides)
+        free = self.table_room(1)
         validation = sum(item.bytes for item in besides if item.what.startswith("validation"))
-        if free <= 0 < free + validation:
+        if free <= 0 < self.rank_room - total(besides) + validation:
             return (
                 f"Validation scores with an unsharded copy of the model on the first rank: {validation / GB:.1f} GB, "
                 f"which leave no room in {self.rank_room / GB:.1f} GB. More ranks do not help; a narrower "
