@@ -163,7 +163,8 @@ def _take(stack: ExitStack, config: RunConfig, resume: Resume, restarted: bool, 
     if own or resume == "yes":
         if there and (record := newest(out / CHECKPOINTS)) is None:
             raise ConfigError(
-                f"{out / CHECKPOINTS}: no checkpoint can be read. Bring an intact copy back, or start over with --restart."
+                f"{out / CHECKPOINTS}: no checkpoint can be read. Bring an intact copy back, or start over with "
+                "--restart."
             )
         if there:
             Position.of(record, identity)
