@@ -227,9 +227,10 @@ class Planner:
         if free <= 0:
             return "One sequence alone does not fit: a shorter sequences.history, a narrower model, or more memory."
         ranks = math.ceil(needed / free)
+        copied = ", and as much again for the checkpoint's copy" if cluster.device == "cpu" else ""
         advice = (
-            f"Tables and their optimizer need {needed / GB:.1f} GB in all, and a rank has {free / GB:.1f} GB for them: "
-            f"about {ranks} ranks like these hold them row-wise."
+            f"Tables and their optimizer need {needed / GB:.1f} GB in all, and a rank has {free / GB:.1f} GB for "
+            f"them{copied}: about {ranks} ranks like these hold them row-wise."
         )
         width, step = self.config.model.width, max(4, 2 * self.config.model.heads)
         rows = sum(rows for rows, table_width in sizes if table_width == width)
