@@ -62,7 +62,7 @@ VARIANTS = {
     "pipeline": ("training.pipeline=true",),
 }
 QUANTITIES = ("loss", "gradients", "weights")
-# One request a sequence leaves single entries of E^CG's projection almost without gradient. AdamW divides their rounding
+# One request a sequence leaves single entries of E^CG's projection nearly without gradient. AdamW divides its rounding
 # by itself: the gradients agree as well as elsewhere, those entries of the weights do not. Seen: 1e-6 to 1.1e-4.
 LOOSER = {("paper: masked titles", "weights"): 100}
 
