@@ -28,7 +28,6 @@ REMEDIES = {
     errno.EACCES: "Check the permissions, or choose another path.",
     errno.EPERM: "Check the permissions, or choose another path.",
     errno.ENAMETOOLONG: "Choose a shorter path.",
-    errno.EIO: "The disk or the network file system has failed.",
     errno.ESTALE: "The network file system has lost that file; mount it again.",
     errno.EROFS: "That file system is read-only; choose another path.",
     errno.ENOTDIR: "Part of that path is a file; check the path.",
