@@ -91,6 +91,11 @@ class Batch(Pipelineable):
                 value.record_stream(stream)
 
     @property
+    def negative_C(self) -> Tensor:
+        """This rank's slice of the negatives: the first of `candidate_C`."""
+        return self.candidate_C[: self.log_q_C.numel()]
+
+    @property
     def size(self) -> tuple[int, int]:
         """(B, L)."""
         return self.title_BL.shape[0], self.title_BL.shape[1]

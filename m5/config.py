@@ -224,14 +224,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
+def problems_of(error: ValidationError, whole: str) -> str:
+    """What is wrong, field by field; `whole` names the thing where no single field is to blame."""
+    return "; ".join(f"{'.'.join(map(str, item['loc'])) or whole}: {item['msg']}" for item in error.errors())
+
+
 def _validated(settings: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc']) or 'run'}: {item['msg']}" for item in error.errors()
-        )
-        raise ConfigError(f"{where}: {problems}.") from None
+        raise ConfigError(f"{where}: {problems_of(error, 'run')}.") from None
 
 
 def setting_names(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

@@ -162,7 +162,7 @@ class MatchingLoss(nn.Module):
 
     def forward(self, scores: Scores, batch: Batch) -> Tensor:
         """Scores and their batch -> float32 scalar in nats, the same on every rank."""
-        negative_C = batch.candidate_C[: batch.log_q_C.numel()]
+        negative_C = batch.negative_C
         facts_PX = torch.cat([batch.target_P.unsqueeze(-1), batch.timestamp_P.unsqueeze(-1), batch.rights_PM], -1)
         facts_GX = self.exchange.gather_rows(facts_PX, batch.ranks_P)
 
@@ -191,7 +191,7 @@ class MatchingLoss(nn.Module):
 
         It is computed, as zero, for a batch without hidden titles too: ranks must agree on the graph that they train.
         """
-        negative_C = batch.candidate_C[: batch.log_q_C.numel()]
+        negative_C = batch.negative_C
         hidden_QD = scores.h_BLD.flatten(0, 1).index_select(0, batch.masked_Q)
         title_Q1 = batch.candidate_C.index_select(0, batch.masked_place_Q).unsqueeze(-1)
         loss = candidate_softmax(

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from m5.assemble import Inputs
-from m5.config import ConfigError, RunConfig
+from m5.config import ConfigError, RunConfig, problems_of
 from m5.data.sequences import AGE_BUCKETS
 from m5.plan.hardware import HARDWARE, Hardware
 from m5.schema import TRAIN, DataError, PreparedDataset
@@ -211,7 +211,5 @@ def described(kind: type[Description], settings: dict, where: str) -> Descriptio
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or kind.__name__}: {item['msg']}" for item in error.errors()
-        )
+        problems = problems_of(error, kind.__name__)
         raise ConfigError(f"{where}: {problems}. Fields: {', '.join(kind.model_fields)}.") from None
