@@ -39,14 +39,14 @@ def timed_round(steps: Iterator[Stepped]) -> list[float]:
     return times
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.checkpoint_cost", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--preset", default="default")
     parser.add_argument("--rounds", type=int, default=5, help="of each kind")
-    options, overrides = parser.parse_known_args()
+    options, overrides = parser.parse_known_args(argv)
     silence_known()
     with tempfile.TemporaryDirectory() as folder, world("cpu") as place:
         run = Path(folder)

@@ -136,14 +136,14 @@ def synthetic_data(folder: Path) -> Path:
     return folder / "data"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.invariance", description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, help="prepared dataset")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--tolerance", type=float, default=1e-5)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     silence_known()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -114,7 +114,7 @@ def one_run(out: Path, options: argparse.Namespace, overrides: list[str], *, kil
     return outcome
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     if sys.argv[1:2] == ["--rank"]:
         rank_main(sys.argv[2:])
         return 0
@@ -130,7 +130,7 @@ def main() -> int:
     parser.add_argument(
         "--only", choices=["calm", "killed"], help="one of the two runs; the other one is there already"
     )
-    options, overrides = parser.parse_known_args()
+    options, overrides = parser.parse_known_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),

@@ -100,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_recommend(commands)
     _add_demo(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -389,6 +390,18 @@ def _demo(options: argparse.Namespace) -> None:
     from m5.demo import run_demo
 
     run_demo(options.out, users=options.users, titles=options.titles, events=options.events, seed=options.seed)
+
+
+def _add_bench(commands) -> None:
+    parser = _command(commands, "bench", _bench, "measure speed and memory; without a name: list the benchmarks")
+    parser.add_argument("name", nargs="?", help="e.g. step; `m5 bench step --help` shows its options")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from benchmarks.run import run_benchmark
+
+    return run_benchmark(options.name, options.arguments)
 
 
 if __name__ == "__main__":
