@@ -164,13 +164,13 @@ def compare(plan: Plan, found: list[dict]) -> bool:
     return within
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="a rank's memory with a large table, beside what the plan says")
     parser.add_argument("--rows", type=int, default=20_000_000)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     silence_known()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
