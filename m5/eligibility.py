@@ -7,6 +7,9 @@ unknown (0) may play only what an "any" row allows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 import torch
@@ -70,22 +73,44 @@ class Eligibility:
         Returns:
             bool [B, N].
         """
+        combination_B, time_B = self._placed(scenario_BM, timestamp_B)
+        time_B1 = time_B.unsqueeze(-1)
+        shape = len(timestamp_B), self.start_WSN.shape[-1]
+        playable_BN = torch.zeros(shape, dtype=torch.bool, device=scenario_BM.device)
+        for part, combination in self._blocks(combination_B):
+            for start_SN, end_SN in zip(self.start_WSN, self.end_WSN, strict=True):
+                playable_BN[part] |= (start_SN[combination] <= time_B1[part]) & (time_B1[part] < end_SN[combination])
+        return playable_BN
+
+    def allows(self, scenario_BM: Tensor, timestamp_B: Tensor, title_B: Tensor) -> Tensor:
+        """Whether one title each is playable: as `mask`, and int64 [B] -> bool [B]."""
+        combination_B, time_B = self._placed(scenario_BM, timestamp_B)
+        start_WB, end_WB = (windows[:, combination_B, title_B] for windows in (self.start_WSN, self.end_WSN))
+        return ((start_WB <= time_B) & (time_B < end_WB)).any(0)
+
+    def _placed(self, scenario_BM: Tensor, timestamp_B: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 [B] combinations of scenario values and int32 [B] seconds after the origin."""
         combination_B = torch.zeros(len(timestamp_B), dtype=torch.int64, device=scenario_BM.device)
         for column, size in zip(self.columns, self.sizes, strict=True):
             combination_B = combination_B * size + scenario_BM[:, column]
         limit = NEVER - 1
-        time_B1 = (timestamp_B - self.origin).clamp(-limit, limit).to(torch.int32).unsqueeze(-1)
-        titles, on_cpu = self.start_WSN.shape[-1], scenario_BM.device.type == "cpu"
-        rows = max(1, (CPU_ELEMENTS if on_cpu else GPU_ELEMENTS) // max(1, titles))
-        playable_BN = torch.zeros(len(timestamp_B), titles, dtype=torch.bool, device=scenario_BM.device)
-        for first in range(0, len(timestamp_B), rows):
-            part = slice(first, first + rows)
-            for start_SN, end_SN in zip(self.start_WSN, self.end_WSN, strict=True):
-                inside_BN = (start_SN[combination_B[part]] <= time_B1[part]) & (
-                    time_B1[part] < end_SN[combination_B[part]]
-                )
-                playable_BN[part] |= inside_BN
-        return playable_BN
+        return combination_B, (timestamp_B - self.origin).clamp(-limit, limit).to(torch.int32)
+
+    def _blocks(self, combination_B: Tensor) -> Iterator[tuple[slice, int | Tensor]]:
+        """Rows whose mask is made at a time, and their combination: one on a CPU, which needs no copy of its windows."""
+        on_cpu, titles = combination_B.device.type == "cpu", max(1, self.start_WSN.shape[-1])
+        rows = max(1, (CPU_ELEMENTS if on_cpu else GPU_ELEMENTS) // titles)
+        if not on_cpu:
+            for first in range(0, len(combination_B), rows):
+                part = slice(first, first + rows)
+                yield part, combination_B[part]
+            return
+        values, counts = torch.unique_consecutive(combination_B, return_counts=True)
+        begin = 0
+        for combination, count in zip(values.tolist(), counts.tolist(), strict=True):
+            for first in range(begin, begin + count, rows):
+                yield slice(first, min(first + rows, begin + count)), combination
+            begin += count
 
 
 class Playable:
@@ -125,18 +150,29 @@ def _windows(
     title = rights["title"].to_numpy(np.int64)[row]
     start = np.maximum(_relative(rights["start"].to_numpy(np.int64), origin)[row], released[title])
     end = _relative(rights["end"].to_numpy(np.int64), origin)[row]
-    cell, start, end = _disjoint(combination * titles + title, start, end)
-    _, first, count = np.unique(cell, return_index=True, return_counts=True)
-    slot = np.arange(len(cell)) - np.repeat(first, count)
-    slots = int(count.max()) if len(count) else 1
+    cell = combination * titles + title
+    # Nearly all cells have one window, which needs no sorting.
+    several = np.bincount(cell, minlength=combinations * titles)[cell] > 1
+    joined = _disjoint(cell[several], start[several], end[several])
+    slots = int(joined.slot.max()) + 1 if len(joined.slot) else 1
     starts = np.full((slots, combinations * titles), NEVER, dtype=np.int32)
     ends = starts.copy()
-    starts[slot, cell], ends[slot, cell] = start, end
+    starts[0, cell[~several]], ends[0, cell[~several]] = start[~several], end[~several]
+    starts[joined.slot, joined.cell], ends[joined.slot, joined.cell] = joined.start, joined.end
     return starts.reshape(slots, combinations, titles), ends.reshape(slots, combinations, titles)
 
 
-def _disjoint(cell: np.ndarray, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Union of the windows of each cell, in order of cell and start: W stays as small as the windows allow."""
+class _Joined(NamedTuple):
+    """Windows that do not meet, and the number of each within its cell."""
+
+    slot: np.ndarray
+    cell: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+
+
+def _disjoint(cell: np.ndarray, start: np.ndarray, end: np.ndarray) -> _Joined:
+    """Union of the windows of each cell: W stays as small as the windows allow."""
     kept = np.flatnonzero(start < end)
     order = kept[np.lexsort((start[kept], cell[kept]))]
     cell, start, end = cell[order], start[order].astype(np.int64), end[order].astype(np.int64)
@@ -147,7 +183,9 @@ def _disjoint(cell: np.ndarray, start: np.ndarray, end: np.ndarray) -> tuple[np.
     opens[1:] = (cell[1:] != cell[:-1]) | (start[1:] > reach[:-1])
     first = np.flatnonzero(opens)
     last = np.append(first[1:], len(cell))[: len(first)] - 1
-    return cell[first], start[first], reach[last]
+    _, head, count = np.unique(cell[first], return_index=True, return_counts=True)
+    slot = np.arange(len(first)) - np.repeat(head, count)
+    return _Joined(slot, cell[first], start[first], reach[last])
 
 
 def _covered_combinations(

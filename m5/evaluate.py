@@ -22,9 +22,9 @@ from m5.metrics import (
     bootstrap_intervals,
     gains,
     hits,
+    listed_rank,
     propensity_weights,
     ranking_metrics,
-    tied_rank,
 )
 from m5.schema import TEST, VALID, DataError, PreparedDataset
 
@@ -38,7 +38,10 @@ class Scorer(Protocol):
     name: str
 
     def score(self, event_index: np.ndarray) -> Tensor | np.ndarray:
-        """int64 [B] places of the target events in `events/*.npy` -> float32 [B, N], higher is better."""
+        """int64 [B] places of the target events in `events/*.npy` -> float32 [B, N], higher is better.
+
+        The result is the caller's, who overwrites it.
+        """
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,8 @@ def select_requests(
     timestamp = np.asarray(dataset.event_array("timestamp")[event], dtype=np.int64)
     keep = np.ones(len(event), dtype=bool)
     if eligibility is not None:
-        rows = max(1, CHUNK_ELEMENTS // dataset.manifest.n_titles)
-        for first in range(0, len(event), rows):
-            part = slice(first, first + rows)
-            mask = eligibility.mask(torch.from_numpy(scenario[part]), torch.from_numpy(timestamp[part]))
-            keep[part] = mask.gather(1, torch.from_numpy(target[part]).unsqueeze(-1)).squeeze(-1).numpy()
+        asked = (torch.from_numpy(values) for values in (scenario, timestamp, target))
+        keep = eligibility.allows(*asked).numpy()
     if not keep.any():
         raise DataError(
             f"{dataset.folder}: none of the {len(event):,} {split} targets may be played by its viewer at that time: "
@@ -96,92 +96,134 @@ def select_requests(
     return Requests(event[keep], user[keep], target[keep], timestamp[keep], scenario[keep], int(len(keep) - keep.sum()))
 
 
-class Shown:
-    """Which titles stood in a list, and which could have: coverage of every slice, gathered chunk by chunk.
+class Candidates:
+    """Which titles a request chooses from, and which were a candidate anywhere in a slice; shared by all rows.
 
     Args:
         slices: name -> int64 rows of the requests.
-        requests: their number.
-        titles: catalogue size N.
+        eligibility: None where everything may be played.
+        filter_seen: whether titles that the viewer had watched before are left out.
+    """
+
+    def __init__(
+        self,
+        dataset: PreparedDataset,
+        requests: Requests,
+        slices: dict[str, np.ndarray],
+        *,
+        eligibility: Eligibility | None,
+        filter_seen: bool,
+    ):
+        self.dataset, self.requests = dataset, requests
+        self.eligibility, self.filter_seen = eligibility, filter_seen
+        self.member = {name: np.zeros(len(requests.event), dtype=bool) for name in slices}
+        for name, rows in slices.items():
+            self.member[name][rows] = True
+        self.found = {name: np.zeros(dataset.manifest.n_titles, dtype=bool) for name in slices}
+
+    def of(self, rows: np.ndarray) -> Tensor:
+        """int64 [B] requests -> bool [B, N]; a target stays a candidate although its viewer has seen it."""
+        requests, target_B = self.requests, torch.from_numpy(self.requests.target[rows])
+        allowed_BN = torch.ones(len(rows), self.dataset.manifest.n_titles, dtype=torch.bool)
+        if self.eligibility is not None:
+            allowed_BN = self.eligibility.mask(
+                torch.from_numpy(requests.scenario[rows]), torch.from_numpy(requests.timestamp[rows])
+            )
+        if self.filter_seen:
+            row, title = self.dataset.watched_before(requests.event[rows])
+            allowed_BN[torch.from_numpy(row), torch.from_numpy(title)] = False
+        allowed_BN.scatter_(1, target_B.unsqueeze(-1), True)
+        for name, member in self.member.items():
+            inside = member[rows]
+            if inside.any():
+                # NumPy's reduction over rows: torch's `any` takes fifteen times as long.
+                self.found[name] |= np.logical_or.reduce(allowed_BN.numpy()[inside], axis=0)
+        return allowed_BN
+
+
+class Shown:
+    """Which titles stood in a list of a row, gathered chunk by chunk.
+
+    Args:
+        candidates: whose slices are told apart.
         device: where lists are.
     """
 
-    def __init__(self, slices: dict[str, np.ndarray], requests: int, titles: int, device: torch.device):
-        self.member = {name: np.zeros(requests, dtype=bool) for name in slices}
-        for name, rows in slices.items():
-            self.member[name][rows] = True
-        self.eligible = {name: torch.zeros(titles, dtype=torch.bool, device=device) for name in slices}
+    def __init__(self, candidates: Candidates, device: torch.device):
+        self.candidates = candidates
         # One place beyond the catalogue takes what fills up lists that are shorter than the cutoff.
+        places = candidates.dataset.manifest.n_titles + 1
         self.listed = {
-            (name, k): torch.zeros(titles + 1, dtype=torch.bool, device=device) for name in slices for k in CUTOFFS
+            (name, k): torch.zeros(places, dtype=torch.bool, device=device)
+            for name in candidates.member
+            for k in CUTOFFS
         }
 
-    def add(self, part: slice, allowed_BN: Tensor, top_BK: Tensor) -> None:
-        """bool [B, N] candidates and int64 [B, K] lists, best first, N where there is no title, of some requests."""
-        for name, member in self.member.items():
-            rows = torch.from_numpy(np.flatnonzero(member[part])).to(top_BK.device)
-            if not len(rows):
+    def add(self, rows: np.ndarray, top_BK: Tensor) -> None:
+        """int64 [B] requests and int64 [B, K] their lists, best first, N where there is no title."""
+        for name, member in self.candidates.member.items():
+            inside = np.flatnonzero(member[rows])
+            if not len(inside):
                 continue
-            self.eligible[name] |= allowed_BN[rows].any(0)
+            lists_BK = top_BK[torch.from_numpy(inside).to(top_BK.device)]
             for k in CUTOFFS:
-                self.listed[name, k][top_BK[rows, :k].flatten()] = True
+                self.listed[name, k].index_fill_(0, lists_BK[:, :k].flatten(), True)
 
     def coverage(self, name: str) -> dict[str, float]:
         """Share of the titles that were a candidate in the slice which stand in one of its lists."""
-        eligible = max(1, int(self.eligible[name].sum()))
+        eligible = max(1, int(self.candidates.found[name].sum()))
         return {f"coverage@{k}": int(self.listed[name, k][:-1].sum()) / eligible for k in CUTOFFS}
 
 
-def rank_targets(
-    dataset: PreparedDataset,
-    scorer: Scorer,
-    requests: Requests,
-    slices: dict[str, np.ndarray],
-    *,
-    eligibility: Eligibility | None,
-    filter_seen: bool,
-) -> tuple[np.ndarray, Shown]:
-    """Score all candidates for every request, chunk by chunk, on the device that the scores are on.
+class Ranked:
+    """Ranks of the targets in one row, float64 [R], infinite beyond the longest cutoff, and what its lists showed."""
 
-    Returns:
-        float64 [R] ranks of the targets, and the coverage of the slices.
+    def __init__(self, scorer: Scorer, candidates: Candidates):
+        self.scorer, self.candidates = scorer, candidates
+        self.rank = np.empty(len(candidates.requests.event))
+        self.shown: Shown | None = None
+
+    def add(self, rows: np.ndarray, allowed_BN: Tensor) -> None:
+        """Score and rank some requests, on the device that the scores are on; int64 [B] and bool [B, N].
+
+        Raises:
+            DataError: a score is NaN.
+        """
+        requests, titles = self.candidates.requests, allowed_BN.shape[1]
+        score_BN = torch.as_tensor(self.scorer.score(requests.event[rows])).float()
+        lowest, highest = score_BN.aminmax()
+        if lowest.isnan() or highest.isnan():
+            raise DataError(
+                f"row '{self.scorer.name}' scored a title with NaN: its weights are damaged. Train it again."
+            )
+        if lowest == -torch.inf:
+            # A row may itself score with -inf; a candidate still ranks before what is none.
+            score_BN.clamp_(min=torch.finfo(torch.float32).min)
+        score_BN.masked_fill_(~allowed_BN.to(score_BN.device), -torch.inf)
+        best = torch.topk(score_BN, min(max(CUTOFFS), titles))
+        target_B = torch.from_numpy(requests.target[rows]).to(score_BN.device)
+        self.rank[rows] = listed_rank(score_BN, target_B, best.values)
+        self.shown = self.shown or Shown(self.candidates, score_BN.device)
+        self.shown.add(rows, best.indices.masked_fill(best.values == -torch.inf, titles))
+
+
+def rank_targets(scorers: list[Scorer], candidates: Candidates) -> list[Ranked]:
+    """Score all candidates of every request by every row, chunk by chunk.
 
     Raises:
         DataError: a score is NaN.
     """
-    titles, ranks, shown = dataset.manifest.n_titles, [], None
-    rows = max(1, CHUNK_ELEMENTS // titles)
-    for first in range(0, len(requests.event), rows):
-        part = slice(first, first + rows)
-        score_BN = torch.as_tensor(scorer.score(requests.event[part])).float()
-        if score_BN.isnan().any():
-            raise DataError(f"row '{scorer.name}' scored a title with NaN: its weights are damaged. Train it again.")
-        shown = shown or Shown(slices, len(requests.event), titles, score_BN.device)
-        allowed_BN = candidates(dataset, requests, part, eligibility=eligibility, filter_seen=filter_seen)
-        allowed_BN = allowed_BN.to(score_BN.device)
-        # A row may itself score with -inf; a candidate still ranks before what is none.
-        score_BN = score_BN.clamp(min=torch.finfo(torch.float32).min).masked_fill(~allowed_BN, -torch.inf)
-        ranks.append(tied_rank(score_BN, torch.from_numpy(requests.target[part]).to(score_BN.device)))
-        best = torch.topk(score_BN, min(max(CUTOFFS), titles))
-        shown.add(part, allowed_BN, best.indices.masked_fill(best.values == -torch.inf, titles))
-    assert shown is not None, "select_requests leaves at least one request"
-    return np.concatenate(ranks), shown
-
-
-def candidates(
-    dataset: PreparedDataset, requests: Requests, part: slice, *, eligibility: Eligibility | None, filter_seen: bool
-) -> Tensor:
-    """bool [B, N]: playable, and unseen where asked for; a target stays a candidate although its viewer has seen it."""
-    target_B = torch.from_numpy(requests.target[part])
-    allowed_BN = torch.ones(len(target_B), dataset.manifest.n_titles, dtype=torch.bool)
-    if eligibility is not None:
-        allowed_BN = eligibility.mask(
-            torch.from_numpy(requests.scenario[part]), torch.from_numpy(requests.timestamp[part])
-        )
-    if filter_seen:
-        row, title = dataset.watched_before(requests.event[part])
-        allowed_BN[torch.from_numpy(row), torch.from_numpy(title)] = False
-    return allowed_BN.scatter_(1, target_B.unsqueeze(-1), True)
+    ranked = [Ranked(scorer, candidates) for scorer in scorers]
+    dataset, event = candidates.dataset, candidates.requests.event
+    # Requests with like histories go together: a model pads them to the longest.
+    order = np.argsort(event - dataset.offsets[dataset.user_of(event)], kind="stable")
+    size = max(1, CHUNK_ELEMENTS // dataset.manifest.n_titles)
+    for first in range(0, len(order), size):
+        rows = order[first : first + size]
+        allowed_BN = candidates.of(rows)
+        for row in ranked:
+            row.add(rows, allowed_BN)
+    return ranked
 
 
 def evaluate(
@@ -221,15 +263,16 @@ def evaluate(
     if requests.left_out:
         warnings.append(f"{requests.left_out} {split} targets were left out: their viewer may not play them.")
     weight = propensity_weights(dataset.titles["train_count"].to_numpy(np.float64), requests.target)
+    candidates = Candidates(dataset, requests, slices, eligibility=eligibility, filter_seen=filter_seen)
     models: dict[str, Any] = {}
-    for scorer in scorers:
-        rank, shown = rank_targets(dataset, scorer, requests, slices, eligibility=eligibility, filter_seen=filter_seen)
+    for row in rank_targets(scorers, candidates):
+        assert row.shown is not None, "select_requests leaves at least one request"
         measured = {
-            name: _measure(rank[rows], weight[rows], requests.user[rows], bootstrap=bootstrap, seed=seed)
-            | shown.coverage(name)
+            name: _measure(row.rank[rows], weight[rows], requests.user[rows], bootstrap=bootstrap, seed=seed)
+            | row.shown.coverage(name)
             for name, rows in slices.items()
         }
-        models[scorer.name] = {
+        models[row.scorer.name] = {
             "overall": measured["overall"],
             "scenarios": {name: metrics for name, metrics in measured.items() if "=" in name},
             "warm": measured["warm"],

@@ -6,6 +6,7 @@ With a single relevant title, HR@k is recall@k, and NDCG@k is 1 / log2(1 + rank)
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 CUTOFFS = (10, 50, 200)
@@ -28,6 +29,26 @@ def tied_rank(score_BN: Tensor, target_B: Tensor) -> np.ndarray:
     better_B = (score_BN > own_B1).sum(-1)
     tied_B = (score_BN == own_B1).sum(-1) - 1
     return (1 + better_B.double() + tied_B.double() / 2).cpu().numpy()
+
+
+def listed_rank(score_BN: Tensor, target_B: Tensor, best_BK: Tensor) -> np.ndarray:
+    """`tied_rank` where it is at most K, else infinity: read off the K best scores, without counting all N.
+
+    Args:
+        score_BN, target_B: as in `tied_rank`.
+        best_BK: the K highest scores of each row, descending.
+
+    Returns:
+        float64 [B].
+    """
+    own_B1 = score_BN.gather(1, target_B.unsqueeze(-1))
+    better_B, tied_B = (best_BK > own_B1).sum(-1), (best_BK == own_B1).sum(-1)
+    rank_B = torch.where(tied_B > 0, 1 + better_B + (tied_B.double() - 1) / 2, torch.inf).cpu().numpy()
+    # A tie with the last of the K best may go on beyond them.
+    open_X = (own_B1.squeeze(-1) == best_BK[:, -1]).nonzero().squeeze(-1)
+    if len(open_X):
+        rank_B[open_X.cpu().numpy()] = tied_rank(score_BN[open_X], target_B[open_X])
+    return rank_B
 
 
 def hits(rank: np.ndarray, k: int) -> np.ndarray:
