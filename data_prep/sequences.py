@@ -107,10 +107,18 @@ def refuse_unknown_titles(events: RawTable, titles: RawTable, spec: DatasetSpec)
 
 def settle_duplicates(events: RawTable, spec: DatasetSpec) -> list[str]:
     """Refuse rows with the same user, title and second, or keep the first of each where the spec says so."""
-    repeated = "SELECT user_id, title_id, moment, count(*) AS n FROM staged GROUP BY ALL HAVING n > 1"
-    extra, example = events.connection.sql(
+    connection = events.connection
+    # Grouping all events by their ids would take several times the memory of their hashes. Rows that share a hash are
+    # few, and only they are compared.
+    connection.execute(
+        "CREATE TABLE suspects AS SELECT user_id, title_id, moment, rowid AS position FROM staged "
+        "WHERE hash(user_id, title_id, moment) IN (SELECT h FROM "
+        "(SELECT hash(user_id, title_id, moment) AS h, count(*) AS n FROM staged GROUP BY h) WHERE n > 1)"
+    )
+    extra, example = connection.sql(
         "SELECT coalesce(sum(n - 1), 0), min('user ' || user_id || ', title ' || title_id || ', timestamp ' || moment "
-        f"|| ' (' || n || ' rows)') FROM ({repeated})"
+        "|| ' (' || n || ' rows)') FROM (SELECT user_id, title_id, moment, count(*) AS n FROM suspects "
+        "GROUP BY user_id, title_id, moment HAVING n > 1)"
     ).fetchall()[0]
     if not extra:
         return []
@@ -120,10 +128,9 @@ def settle_duplicates(events: RawTable, spec: DatasetSpec) -> list[str]:
             f"{extra:,} rows repeat another row's user, title and timestamp, for example {example}. Remove them, or "
             "set `duplicates: drop` under events in dataset.yaml to keep the first row of each."
         )
-    events.connection.execute(
-        "DELETE FROM staged WHERE rowid IN (SELECT s.rowid FROM staged s SEMI JOIN "
-        f"({repeated}) r USING (user_id, title_id, moment) "
-        "QUALIFY row_number() OVER (PARTITION BY s.user_id, s.title_id, s.moment ORDER BY s.rowid) > 1)"
+    connection.execute(
+        "DELETE FROM staged WHERE rowid IN (SELECT position FROM suspects "
+        "QUALIFY row_number() OVER (PARTITION BY user_id, title_id, moment ORDER BY position) > 1)"
     )
     return [f"{extra:,} duplicate events (same user, title and timestamp) were dropped."]
 

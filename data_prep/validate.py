@@ -21,10 +21,9 @@ def _missing_id(table: RawTable, column: str, what: str) -> Check:
 
 def _intensity_checks(table: RawTable, kind: str, column: str) -> list[Check]:
     raw, value = table.text(column), table.number(column)
-    given = f"{raw} IS NOT NULL AND lower({raw}) <> 'nan'"
     return [
         Check(
-            predicate=f"{given} AND {value} IS NULL",
+            predicate=f"{table.given(column)} AND {value} IS NULL",
             column=column,
             problem=f"hold no number ({kind})",
             example=raw,

@@ -141,6 +141,24 @@ def test_dates_are_read_as_utc(tmp_path: Path, form: str) -> None:
     assert dataset.event_array("timestamp").tolist() == [first + 3600 * i for i in range(10)]
 
 
+def test_columns_of_numbers_and_of_text_are_read_alike(tmp_path: Path) -> None:
+    events = pd.DataFrame(
+        {
+            "user_id": "a",
+            "title_id": [f"t{i}" for i in range(6)],
+            "ts": [1.7e9, 1_700_000_001_500, 1.700000003e15, 1.7000000045e18, 1_700_000_005.25, 1_700_000_006],
+            "watch_s": [0.1, np.nan, 3, 1e20, 2 / 3, 0],
+        }
+    )
+    found = []
+    for form, columns in (("numbers", events), ("text", events.astype({"ts": str, "watch_s": str}))):
+        path = minimal(tmp_path / form, columns, intensity={"seconds": "watch_s"})
+        dataset = prepare(path, tmp_path / f"{form}-data", split="leave-last-out")
+        found.append((dataset.manifest.content_hash, dataset.event_array("timestamp").tolist()))
+    assert found[0] == found[1]
+    assert found[0][1] == [1_700_000_000 + second for second in (0, 1, 3, 4, 5, 6)]
+
+
 def test_duplicates_are_dropped_where_asked(tmp_path: Path) -> None:
     events = pd.DataFrame(
         {

@@ -48,6 +48,14 @@ def test_bad_events_are_refused(tmp_path: Path, columns: dict, message: str) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["raw"]  # nothing half-written
 
 
+@pytest.mark.parametrize(("last", "message"), [(-3.5, r"are negative.*-3\.5"), (np.inf, "hold no number.*inf")])
+def test_bad_numbers_in_columns_of_numbers_are_refused(tmp_path: Path, last: float, message: str) -> None:
+    events = spoil(watch_s=[1.0] * 8 + [np.nan, last])
+    path = minimal(tmp_path / "raw", events, intensity={"seconds": "watch_s"})
+    with pytest.raises(DataError, match=rf"events\.parquet, column 'watch_s': 1 of 10 rows {message}"):
+        prepare(path, tmp_path / "data")
+
+
 def test_duplicate_events_are_refused_with_the_remedy(tmp_path: Path) -> None:
     events = pd.concat([spoil(), spoil().iloc[[3]]])
     with pytest.raises(
