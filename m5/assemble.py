@@ -124,7 +124,7 @@ def assemble(inputs: Inputs, config: RunConfig, *, table_device: torch.device | 
     owned = {f"{b}_{key.removeprefix('scenario_')}": sizes[key] for b in branches for key in scenarios}
     shape = {"input_width": model.mixing_width, "output_width": model.width}
     gate_crossing = (
-        FeatureCrossing(width=model.width, interests=0, features=len(features), scenarios=len(scenarios))
+        FeatureCrossing(width=model.width, features=len(features), scenarios=len(scenarios))
         if content_NG is not None
         else None
     )
@@ -184,7 +184,8 @@ def _mixing(config: RunConfig, interests: int, features: int, scenario_sizes: tu
         hidden *= model.shared_experts + 2
         mixture = Expert(input_width=model.mixing_width, hidden=hidden, output_width=model.width)
     return MultiScenarioMixing(
-        crossing=FeatureCrossing(width=model.width, interests=interests, features=features, scenarios=scenarios),
+        crossing=FeatureCrossing(width=model.width, features=features, scenarios=scenarios),
+        interest_width=interests * model.width,
         mixture=mixture,
         input_width=model.mixing_width,
         dropout=model.dropout,

@@ -3,7 +3,8 @@
 Dimension legend (suffixes of tensor names, here and in `m5.model`):
     B examples   L behaviours (padded)   T behaviours (jagged: all of the batch)   P requests (supervised positions)
     N titles of the catalogue   C candidates   K behaviour categories   M scenario dimensions   E experts   D width
-    G requests of all ranks together (P of one rank)
+    G requests of all ranks together (P of one rank)   J situations: the distinct ones among the requests
+    S distinct combinations of subsidiary features
 
 Position 0 of every sequence is a *start* position that stands for "before the first behaviour", so that a viewer
 without history is an ordinary example. A *request* is a position whose next watch is to be predicted: its scenario,
@@ -26,15 +27,20 @@ class Batch(Pipelineable):
     """Tensors of one batch; integers are int64 unless said otherwise.
 
     Attributes:
-        sparse: keys `history` [T], `candidates` [C], `intensity_*`/`age` [T], `user_*`/`scenario_*`/`context_*` [P]
+        sparse: keys `history` [T], `candidates` [C], `intensity_*`/`age` [S], `user_*`/`scenario_*`/`context_*` [J]
             and their row numbers in the sharded tables. One bag per key: only the values are used.
         experts: keys `{id,cg}_<scenario>`; the table rows of the experts owned by the scenario values present. None
             where the mixing layer owns none.
         title_BL: title of each behaviour; the start position and padding hold N.
+        subsidiary_BL: which of the S combinations of subsidiary features a behaviour has; 0 at padding too.
         category_BL: behaviour category; -1 at the start position and at padding.
         history_T: flat position (b * L + l) of every behaviour, start positions included, padding not.
         length_B: number of positions, the start included.
         request_P: flat position of every request.
+        latest_PK: flat position of the latest behaviour of each category before the request; -1 where there is none.
+        situation_P: which of the J situations a request has. A situation is a distinct combination of user features,
+            context and scenario values as the model sees them; requests of one viewer share theirs, and what depends on
+            nothing else is computed once (as RecD does it for whole features, arXiv 2211.05239).
         target_P: title that was watched next.
         candidate_C: titles whose keys are looked up: this rank's slice of the negatives, ascending, then those of the
             rank's own targets that are not in it. With one rank the slice is all negatives.
@@ -43,7 +49,7 @@ class Batch(Pipelineable):
         positive_P: place of each request's target in candidate_C.
         scenario_PM: vocabulary index of each request's scenario values as the model sees them (0 where dropped).
         rights_PM: the same as they are; rights never forget where a viewer is.
-        group_PM: for each request and scenario dimension, its place among the values present in `experts`.
+        order_MP: per scenario dimension the requests, sorted by their value of it.
         timestamp_P: time of the request in seconds.
         event_P: index of the target event in the dataset's arrays, -1 for an ad-hoc request.
         masked_Q: flat positions whose title was hidden for the masked-language-model loss.
@@ -51,22 +57,26 @@ class Batch(Pipelineable):
         draw_B: int32 key of each sequence's dropout (see `m5.model.keyed_dropout`).
         ranks_P, ranks_Q: how many requests and how many masked titles every rank has in this global batch.
         longest_slice: negatives of the rank that has most of them.
+        group_sizes: per scenario dimension how many requests have each of the values present in `experts`.
     """
 
     sparse: KeyedJaggedTensor
     experts: KeyedJaggedTensor | None
     title_BL: Tensor
+    subsidiary_BL: Tensor
     category_BL: Tensor
     history_T: Tensor
     length_B: Tensor
     request_P: Tensor
+    latest_PK: Tensor
+    situation_P: Tensor
     target_P: Tensor
     candidate_C: Tensor
     log_q_C: Tensor
     positive_P: Tensor
     scenario_PM: Tensor
     rights_PM: Tensor
-    group_PM: Tensor
+    order_MP: Tensor
     timestamp_P: Tensor
     event_P: Tensor
     masked_Q: Tensor
@@ -75,6 +85,7 @@ class Batch(Pipelineable):
     ranks_P: tuple[int, ...]
     ranks_Q: tuple[int, ...]
     longest_slice: int
+    group_sizes: tuple[tuple[int, ...], ...]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The batch on another device."""

@@ -61,13 +61,14 @@ def attend(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
 
 
 def rotate(x: Tensor, position: int) -> Tensor:
-    """Turn the pair (x_i, x_{i + half}) by the angle position * 10000^(-i / half)."""
+    """Turn the pair (x_{2i}, x_{2i + 1}) by the angle position * 10000^(-i / half)."""
     half = len(x) // 2
     turned = [torch.zeros((), dtype=x.dtype)] * len(x)
     for i in range(half):
         angle = position * 10_000.0 ** (-i / half)
-        turned[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
-        turned[i + half] = x[i] * math.sin(angle) + x[i + half] * math.cos(angle)
+        first, second = x[2 * i], x[2 * i + 1]
+        turned[2 * i] = first * math.cos(angle) - second * math.sin(angle)
+        turned[2 * i + 1] = first * math.sin(angle) + second * math.cos(angle)
     return torch.stack(turned)
 
 
@@ -181,9 +182,9 @@ def content_embedding(weights: Weights, content: Tensor, title: int) -> Tensor:
     )
 
 
-def crossing(weights: Weights, interests: Tensor, features: Tensor, scenarios: Tensor) -> Tensor:
-    """One request: interests [X, D], features [F, D], scenario embeddings [M, D] -> one long vector."""
-    pieces = [*interests, *features, *scenarios]
+def crossing(weights: Weights, features: Tensor, scenarios: Tensor) -> Tensor:
+    """One request: features [F, D], scenario embeddings [M, D] -> one long vector."""
+    pieces = [*features, *scenarios]
     if len(scenarios):
         scenario = linear(weights, "scenario_projection", torch.cat(list(scenarios)))
         pieces += [linear(weights, "feature_projection", feature) * scenario for feature in features]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from m5.batch import Batch
+from m5.data.distinct import distinct_rows, latest_of_category
 from m5.data.loader import Loader, epoch_batches, training_windows
 from m5.data.sequences import AGE_BUCKETS, BatchBuilder, age_bucket
 from m5.schema import TRAIN
@@ -74,14 +75,14 @@ def test_no_request_reads_its_target_or_later(tmp_path: Path, attention: str) ->
             before = np.arange(event - position, event)
             np.testing.assert_array_equal(batch.title_BL[b, 1 : position + 1], title[before])
             np.testing.assert_array_equal(batch.category_BL[b, 1 : position + 1], builder.category[title[before]])
-            inside = (batch.history_T >= b * L) & (batch.history_T <= flat)
+            combination = batch.subsidiary_BL[b, : position + 1]
             np.testing.assert_array_equal(
-                batch.sparse["intensity_seconds"].values()[inside].numpy()[1:], seconds[before]
+                batch.sparse["intensity_seconds"].values()[combination].numpy()[1:], seconds[before]
             )
             # An age reaches to the next watch, at most to the request.
             until = np.minimum(before + 1, event) if attention == "causal" else np.full(position, event)
             np.testing.assert_array_equal(
-                batch.sparse["age"].values()[inside].numpy()[1:], age_bucket(time[until] - time[before])
+                batch.sparse["age"].values()[combination].numpy()[1:], age_bucket(time[until] - time[before])
             )
             if attention == "bidirectional":
                 assert position + 1 == batch.length_B[b]
@@ -108,8 +109,9 @@ def test_order_depends_on_seed_and_epoch_only(tmp_path: Path) -> None:
 
 
 def same(first: Batch, second: Batch) -> bool:
-    names = [name for name in vars(first) if name not in ("sparse", "experts")]
+    names = [name for name in vars(first) if name not in ("sparse", "experts", "group_sizes")]
     equal = all(np.array_equal(getattr(first, name), getattr(second, name)) for name in names)
+    equal &= first.group_sizes == second.group_sizes
     return equal and np.array_equal(first.sparse.values(), second.sparse.values())
 
 
@@ -280,3 +282,25 @@ def test_the_threads_exception_reaches_the_consumer(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="disk is gone"):
         next(batches)
     assert not loader_threads()
+
+
+# ---- what rows of a batch share --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("largest", [3, 2**40])  # the second overflows a plain mixed-radix number
+def test_distinct_rows(largest: int) -> None:
+    values = np.random.default_rng(0).integers(0, 3, (50, 4)) * (largest // 2)
+    first, place = distinct_rows(values)
+    assert len(first) == len(np.unique(values, axis=0)) < len(values)
+    np.testing.assert_array_equal(values[first][place], values)
+
+
+def test_rows_without_columns_are_one() -> None:
+    first, place = distinct_rows(np.zeros((3, 0), dtype=np.int64))
+    assert first.tolist() == [0] and place.tolist() == [0, 0, 0]
+
+
+def test_latest_of_category() -> None:
+    category = np.array([[-1, 0, 1, 0], [-1, 1, -1, -1]])
+    latest = latest_of_category(category, 2, np.array([0, 2, 3, 4, 6]))
+    assert latest.tolist() == [[-1, -1], [1, 2], [3, 2], [-1, -1], [-1, 5]]

@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from m5.assemble import build_model
 from m5.data.sequences import BatchBuilder
+from m5.model import multi_interest_extraction
 from m5.model.multi_interest_extraction import (
     CategoryAggregation,
     MultiInterestExtraction,
     SubsidiaryIntensity,
     TransformerBlock,
 )
-from m5.model.multi_modal_embedding import ContentProjection
+from m5.model.multi_modal_embedding import ContentProjection, Situations, Subsidiary
 from m5.model.multi_scenario_mixing import (
     FeatureCrossing,
     MultiGateMixture,
+    OwnedExperts,
     SplitMixture,
     expert_rows,
 )
@@ -99,18 +101,41 @@ def test_subsidiary_intensity(causal: bool) -> None:
     assert_same(
         layer,
         {"s": torch.randn(2, max(LENGTHS), SUBSIDIARY)},
-        lambda s: layer(s, valid_mask())[valid_mask()],
+        lambda s: layer(every_behaviour(s), valid_mask())[valid_mask()],
         lambda weights, s: over_sequences(
             lambda b, length: reference.subsidiary_intensity(weights, s[b, :length], causal=causal)
         ),
     )
 
 
+def every_behaviour(subsidiary_BLF: Tensor) -> Subsidiary:
+    """Subsidiary features of which no two behaviours share a combination."""
+    B, L, _ = subsidiary_BLF.shape
+    return Subsidiary(subsidiary_BLF.flatten(0, 1), torch.arange(B * L).view(B, L))
+
+
+def every_request(feature_PFD: Tensor, scenario_PMD: Tensor) -> Situations:
+    """Features of requests of which no two share a situation."""
+    return Situations(feature_PFD, scenario_PMD, torch.arange(len(feature_PFD)))
+
+
+def latest_of(category_BL: Tensor, request_P: Tensor, categories: int) -> Tensor:
+    """`Batch.latest_PK`, by looking back from every request."""
+    L = category_BL.shape[1]
+    latest = torch.full((len(request_P), categories), -1)
+    for p, flat in enumerate(request_P.tolist()):
+        b, last = divmod(flat, L)
+        for position in range(last + 1):
+            if category_BL[b, position] >= 0:
+                latest[p, category_BL[b, position]] = b * L + position
+    return latest
+
+
 CATEGORY = torch.tensor([[-1, 0, 2, 0, 2], [-1, 1, -1, -1, -1]])
 REQUESTS = torch.tensor([0, 1, 3, 4, 5, 6])  # flat positions b * 5 + l: starts, middles and ends of both sequences
 
 
-def test_category_aggregation() -> None:
+def test_category_aggregation(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = randomise(CategoryAggregation(width=WIDTH, categories=CATEGORIES, history=4))
 
     def slow(weights: reference.Weights, h: Tensor, a: Tensor) -> Tensor:
@@ -122,7 +147,10 @@ def test_category_aggregation() -> None:
         return torch.stack(rows)
 
     inputs = {"h": torch.randn(2, 5, WIDTH), "a": 3 * torch.randn(2, 5)}
-    assert_same(layer, inputs, lambda h, a: layer(h, a, CATEGORY, REQUESTS), slow)
+    latest = latest_of(CATEGORY, REQUESTS, CATEGORIES)
+    for chunk in (2, 64):  # behaviours whose pairs are multiplied at once: sequences in three parts, and whole
+        monkeypatch.setattr(multi_interest_extraction, "CHUNK", chunk)
+        assert_same(layer, inputs, lambda h, a: layer(h, a, CATEGORY, latest), slow)
 
 
 @pytest.mark.parametrize(("blocks", "subsidiary"), [(2, SUBSIDIARY), (0, SUBSIDIARY), (1, 0)])
@@ -163,11 +191,17 @@ def test_extraction(blocks: int, subsidiary: int, attention: str) -> None:
             )
         return torch.stack(rows)
 
+    latest = latest_of(CATEGORY, requests, CATEGORIES)
+
+    def interests_of(e: Tensor, s: Tensor) -> Tensor:
+        found = layer(e, every_behaviour(s), CATEGORY, valid_mask(), requests, latest)
+        return torch.cat([found.interest_PKD, found.latest_PD.unsqueeze(1)], dim=1)
+
     inputs = {"e": torch.randn(2, 5, WIDTH), "s": torch.randn(2, 5, subsidiary)}
     assert_same(
         layer,
         inputs,
-        lambda e, s: layer(e, s, CATEGORY, valid_mask(), requests)[0],
+        interests_of,
         slow,
         tolerance=1e-3,
     )
@@ -189,24 +223,32 @@ def test_content_projection() -> None:
 
 @pytest.mark.parametrize(("features", "scenarios"), [(2, 2), (0, 1), (2, 0)])
 def test_feature_crossing(features: int, scenarios: int) -> None:
-    layer = randomise(FeatureCrossing(width=WIDTH, interests=3, features=features, scenarios=scenarios))
+    layer = randomise(FeatureCrossing(width=WIDTH, features=features, scenarios=scenarios))
     inputs = {
-        "v": torch.randn(4, 3, WIDTH),
         "f": torch.randn(4, features, WIDTH),
         "s": torch.randn(4, scenarios, WIDTH),
     }
-    expected_width = (3 + features + scenarios + (features if scenarios else 0)) * WIDTH
-    assert layer(inputs["v"], inputs["f"], inputs["s"]).shape == (4, expected_width) == (4, layer.output_width)
+    expected_width = (features + scenarios + (features if scenarios else 0)) * WIDTH
+    assert layer(inputs["f"], inputs["s"]).shape == (4, expected_width) == (4, layer.output_width)
     assert_same(
         layer,
         inputs,
-        lambda v, f, s: layer(v, f, s),
-        lambda weights, v, f, s: torch.stack([reference.crossing(weights, v[p], f[p], s[p]) for p in range(4)]),
+        lambda f, s: layer(f, s),
+        lambda weights, f, s: torch.stack([reference.crossing(weights, f[p], s[p]) for p in range(4)]),
     )
 
 
 INPUT, HIDDEN = 5, 4
 GROUPS = torch.tensor([[0, 1], [2, 0], [0, 1], [1, 1], [2, 0], [0, 0]])  # three regions and two plans occur
+
+
+def owned_by(*weights: Tensor) -> list[OwnedExperts]:
+    """The experts of each dimension, with the requests of GROUPS sorted by value."""
+    sizes = [torch.bincount(GROUPS[:, m], minlength=len(weight_URH)) for m, weight_URH in enumerate(weights)]
+    return [
+        OwnedExperts(weight_URH, torch.argsort(GROUPS[:, m], stable=True), tuple(sizes[m].tolist()))
+        for m, weight_URH in enumerate(weights)
+    ]
 
 
 def test_split_mixture() -> None:
@@ -245,7 +287,7 @@ def test_split_mixture() -> None:
     assert_same(
         layer,
         inputs,
-        lambda x, s, region, plan: layer(x, s, [region, plan], GROUPS).user_PD,
+        lambda x, s, region, plan: layer(x, every_request(x[:, None], s[:, None]), owned_by(region, plan)).user_PD,
         slow,
     )
 
@@ -286,7 +328,9 @@ def test_matching(score: str, content: bool, gate_width: int) -> None:
         u_cg: Tensor | None = None,
         e_cg: Tensor | None = None,
     ):
-        score_PN = layer(u_id, u_cg, crossed).query_PQ @ layer.key(e_id, e_cg).T
+        no_features = crossed.new_zeros(len(crossed), 0, WIDTH)
+        situations = every_request(no_features, no_features)
+        score_PN = layer(u_id, u_cg, crossed, situations).query_PQ @ layer.key(e_id, e_cg).T
         return score_PN + 0 * crossed.sum()  # a model without content branch has no gate to read them
 
     def slow(weights: reference.Weights, crossed: Tensor, **vectors: Tensor) -> Tensor:
@@ -320,6 +364,7 @@ def test_embedding_layer_places_every_row(tmp_path: Path) -> None:
     targets = dataset.offsets[1:][2:8] - 1
     batch = builder.build(builder.windows_before(targets), None)
     embedded = layer(model.tables(batch.sparse), batch)
+    subsidiary, situations = embedded.subsidiary, embedded.situations
     rows = {name.split(".")[1]: weight for name, weight in model.tables.state_dict().items()}
     n_titles, cold = dataset.manifest.n_titles, dataset.titles["cold"].to_numpy()
     seconds = dataset.manifest.intensities[0].bucket(dataset.event_array("intensity_seconds"))
@@ -336,13 +381,14 @@ def test_embedding_layer_places_every_row(tmp_path: Path) -> None:
             )
             torch.testing.assert_close(embedded.cg_BLD[b, place], layer.content(torch.tensor([title]))[0])
             torch.testing.assert_close(
-                embedded.subsidiary_BLF[b, place, 16:],
+                subsidiary.feature_SF[subsidiary.place_BL[b, place], 16:],
                 rows["intensity_seconds"][seconds[event]],
             )
-        torch.testing.assert_close(embedded.feature_PFD[b, 0], rows["user_profile"][user + 1])
+        mine = situations.situation_P[b]
+        torch.testing.assert_close(situations.feature_JFD[mine, 0], rows["user_profile"][user + 1])
         device = int(dataset.event_array("context_device")[target])
-        torch.testing.assert_close(embedded.feature_PFD[b, 1], rows["context_device"][device])
+        torch.testing.assert_close(situations.feature_JFD[mine, 1], rows["context_device"][device])
         for m, name in enumerate(("region", "plan")):
             value = int(dataset.event_array(f"scenario_{name}")[target])
-            torch.testing.assert_close(embedded.scenario_PMD[b, m], rows[f"scenario_{name}"][value])
+            torch.testing.assert_close(situations.scenario_JMD[mine, m], rows[f"scenario_{name}"][value])
         assert not embedded.id_BLD[b, int(batch.length_B[b]) :].any()

@@ -11,11 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from m5.assemble import build_model
 from m5.data.sequences import BatchBuilder
 from m5.model.multi_interest_extraction import CategoryAggregation
-from m5.model.multi_scenario_mixing import Expert, MultiGateMixture, SplitMixture, expert_rows, owned_expert
+from m5.model.multi_modal_embedding import Situations
+from m5.model.multi_scenario_mixing import Expert, MultiGateMixture, OwnedExperts, SplitMixture, expert_rows
 from tests.reference import randomise
 from tests.world import tiny_config, write_world
 
 WIDTH, INPUT, HIDDEN = 8, 5, 4
+NO_SCENARIO = Situations(torch.zeros(1, 0, WIDTH), torch.zeros(1, 0, WIDTH), torch.zeros(6, dtype=torch.int64))
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,7 @@ def test_split_mixture_of_one_shared_expert_is_the_perceptron() -> None:
     perceptron = Expert(input_width=INPUT, hidden=HIDDEN, output_width=WIDTH)
     perceptron.load_state_dict(mixture.shared[0].state_dict())
     x_PI = torch.randn(6, INPUT)
-    mixed = mixture(x_PI, torch.zeros(6, 0), [], torch.zeros(6, 0, dtype=torch.int64))
+    mixed = mixture(x_PI, NO_SCENARIO, [])
     torch.testing.assert_close(mixed.user_PD, perceptron(x_PI))
 
 
@@ -68,10 +70,10 @@ def test_one_scenario_value_is_scenario_blind() -> None:
         blind.shared[1].hidden.weight.copy_(own[:INPUT].T)
         blind.shared[1].hidden.bias.copy_(own[INPUT])
         blind.shared[1].output.weight.copy_(own[INPUT + 1 :])
-    x_PI, group_P1 = torch.randn(6, INPUT), torch.zeros(6, 1, dtype=torch.int64)
+    x_PI = torch.randn(6, INPUT)
     torch.testing.assert_close(
-        split(x_PI, torch.zeros(6, 0), [own.unsqueeze(0)], group_P1).user_PD,
-        blind(x_PI, torch.zeros(6, 0), [], group_P1[:, :0]).user_PD,
+        split(x_PI, NO_SCENARIO, [OwnedExperts(own.unsqueeze(0), torch.arange(6), (6,))]).user_PD,
+        blind(x_PI, NO_SCENARIO, []).user_PD,
     )
 
 
@@ -97,7 +99,8 @@ def test_one_category_without_slope_and_intensity_is_the_running_mean() -> None:
         layer.slope.fill_(-torch.inf)
     h_BLD = torch.randn(1, 5, WIDTH)
     category_BL = torch.tensor([[-1, 0, 0, 0, 0]])
-    interests = layer(h_BLD, torch.zeros(1, 5), category_BL, torch.arange(5))
+    latest_PK = torch.tensor([-1, 1, 2, 3, 4]).unsqueeze(-1)
+    interests = layer(h_BLD, torch.zeros(1, 5), category_BL, latest_PK)
     for last in range(1, 5):
         torch.testing.assert_close(interests[last, 0], h_BLD[0, 1 : last + 1].mean(0))
 
@@ -108,7 +111,7 @@ def test_one_category_without_slope_is_attention_pooling() -> None:
         layer.slope.fill_(-torch.inf)
     h_BLD, intensity_BL = torch.randn(1, 5, WIDTH), torch.randn(1, 5)
     pooled = torch.softmax(intensity_BL[0], dim=0) @ h_BLD[0]
-    interests = layer(h_BLD, intensity_BL, torch.zeros(1, 5, dtype=torch.int64), torch.tensor([4]))
+    interests = layer(h_BLD, intensity_BL, torch.zeros(1, 5, dtype=torch.int64), torch.tensor([[4]]))
     torch.testing.assert_close(interests[0, 0], pooled)
 
 
@@ -120,7 +123,7 @@ def test_aggregation_survives_the_longest_history_at_the_steepest_slope() -> Non
     h_BLD = torch.arange(history + 1.0).view(1, -1, 1).expand(1, -1, 2)
     category_BL = torch.zeros(1, history + 1, dtype=torch.int64)
     extreme_BL = torch.full((1, history + 1), 10.0)
-    interests = layer(h_BLD, extreme_BL, category_BL, torch.arange(history + 1))
+    interests = layer(h_BLD, extreme_BL, category_BL, torch.arange(history + 1).unsqueeze(-1))
     decay = torch.exp(torch.tensor(-layer.max_slope, dtype=torch.float64)) ** torch.arange(history + 1).flip(0)
     expected = (decay * h_BLD[0, :, 0]).sum() / decay.sum()
     assert torch.isfinite(interests).all()
@@ -133,19 +136,21 @@ def test_aggregation_survives_the_longest_history_at_the_steepest_slope() -> Non
 def test_owned_experts_cost_the_same_however_many_requests_share_them() -> None:
     """FLOPs depend on the number of requests, not on the number of values among them."""
     rows = expert_rows(INPUT, WIDTH)
-    x_PI = torch.randn(12, INPUT)
+    split = SplitMixture(input_width=INPUT, hidden=HIDDEN, output_width=WIDTH, scenario_width=0, shared=1, scenarios=1)
+    blind = SplitMixture(input_width=INPUT, hidden=HIDDEN, output_width=WIDTH, scenario_width=0, shared=1, scenarios=0)
+    x_PI = torch.randn(6, INPUT)
 
-    def flops(values: int) -> int:
+    def flops(mixture: SplitMixture, owned: list[OwnedExperts]) -> int:
         with FlopCounterMode(display=False) as counter:
-            owned_expert(
-                x_PI,
-                torch.randn(values, rows, HIDDEN),
-                torch.arange(12) % values,
-                WIDTH,
-            )
+            mixture(x_PI, NO_SCENARIO, owned)
         return counter.get_total_flops()
 
-    assert flops(1) == flops(3) == flops(12) == 12 * 2 * HIDDEN * (INPUT + WIDTH)
+    def of_values(values: int) -> int:
+        experts = OwnedExperts(torch.randn(values, rows, HIDDEN), torch.randperm(6), (6 // values,) * values)
+        return flops(split, [experts]) - flops(blind, [])
+
+    # Its expert's two products, and its column of the gate's.
+    assert of_values(1) == of_values(3) == of_values(6) == 6 * 2 * (HIDDEN * (INPUT + WIDTH) + INPUT)
 
 
 def test_cost_of_a_batch_does_not_grow_with_the_number_of_scenario_values(

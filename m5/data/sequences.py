@@ -16,6 +16,7 @@ from torch import Tensor
 
 from m5.batch import Batch, jagged
 from m5.config import RunConfig
+from m5.data.distinct import distinct_rows, latest_of_category
 from m5.model.multi_modal_embedding import MASK, START, UNKNOWN
 from m5.model.multi_scenario_mixing import expert_rows
 from m5.schema import PreparedDataset
@@ -133,6 +134,7 @@ class BatchBuilder:
         self.cold = titles["cold"].to_numpy(bool)
         categories = titles["category"].to_numpy(np.int64)
         self.category = categories if config.model.categories else np.zeros_like(categories)
+        self.n_categories = manifest.categories.size if config.model.categories else 1
         self.warm = np.flatnonzero(~self.cold)
         count = titles["train_count"].to_numpy(np.float64)
         weight = (count[self.warm] + 1) ** config.candidates.power
@@ -311,21 +313,26 @@ class BatchBuilder:
 
         visible = scenario[:, : len(self.scenario_names)]
         sparse = {"history": table_row(title.flat[history]), "candidates": table_row(candidates.title)}
-        sparse |= self._feature_rows(behaviours, requests, history, visible)
-        experts, group = self._experts(visible)
+        subsidiary, features_S = self._subsidiary(behaviours, history)
+        features_J, situation = self._situations(requests, visible)
+        sparse |= features_S | features_J
+        experts, order, group_sizes = self._experts(visible)
         tensors = {
             "title_BL": title,
+            "subsidiary_BL": subsidiary,
             "category_BL": category,
             "history_T": history,
             "length_B": behaviours.length,
             "request_P": requests.position,
+            "latest_PK": latest_of_category(category, self.n_categories, requests.position),
+            "situation_P": situation,
             "target_P": requests.target,
             "candidate_C": candidates.title,
             "log_q_C": candidates.log_q.astype(np.float32),
             "positive_P": candidates.place[requests.target],
             "scenario_PM": visible,
             "rights_PM": requests.scenario,
-            "group_PM": group,
+            "order_MP": order,
             "timestamp_P": requests.timestamp,
             "event_P": requests.event,
             "masked_Q": masked,
@@ -338,26 +345,30 @@ class BatchBuilder:
             ranks_P=(len(requests.target),) if draws is None else draws.ranks_P,
             ranks_Q=(0,) if draws is None else draws.ranks_Q,
             longest_slice=len(candidates.log_q) if draws is None else draws.longest_slice,
+            group_sizes=group_sizes,
             **{key: _tensor(values) for key, values in tensors.items()},
         )
 
-    def _feature_rows(
-        self, behaviours: Behaviours, requests: Requests, history: np.ndarray, scenario: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """Row numbers in the feature tables: subsidiary ones per behaviour, all others per request."""
-        rows: dict[str, np.ndarray] = {}
-        if self.config.model.subsidiary:
-            rows["age"] = behaviours.age.flat[history]
-            for column, intensity in enumerate(self.intensities):
-                rows[f"intensity_{intensity.name}"] = behaviours.intensity[..., column].flat[history]
+    def _subsidiary(self, behaviours: Behaviours, history: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """[B, L] which of the S combinations of subsidiary features each behaviour has, and their rows by table."""
+        place = np.zeros(behaviours.title.shape, dtype=np.int64)
+        if not self.config.model.subsidiary:
+            return place, {}
+        values = np.concatenate([behaviours.age[..., None], behaviours.intensity], axis=-1).reshape(place.size, -1)
+        values = values[history]
+        first, place.flat[history] = distinct_rows(values)
+        keys = ["age", *(f"intensity_{intensity.name}" for intensity in self.intensities)]
+        return place, {key: values[first, column] for column, key in enumerate(keys)}
+
+    def _situations(self, requests: Requests, scenario: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Row numbers in the other feature tables, per situation, and each request's situation."""
         manifest = self.dataset.manifest
-        for column, vocabulary in enumerate(manifest.user_features):
-            rows[f"user_{vocabulary.name}"] = requests.user[:, column]
-        for column, vocabulary in enumerate(manifest.contexts):
-            rows[f"context_{vocabulary.name}"] = requests.context[:, column]
-        for column, name in enumerate(self.scenario_names):
-            rows[f"scenario_{name}"] = scenario[:, column]
-        return rows
+        keys = [f"user_{vocabulary.name}" for vocabulary in manifest.user_features]
+        keys += [f"context_{vocabulary.name}" for vocabulary in manifest.contexts]
+        keys += [f"scenario_{name}" for name in self.scenario_names]
+        values = np.concatenate([requests.user, requests.context, scenario], axis=1)
+        first, situation = distinct_rows(values)
+        return {key: values[first, column] for column, key in enumerate(keys)}, situation
 
     def _candidates(self, negatives: np.ndarray, log_q: np.ndarray, wanted: np.ndarray) -> Candidates:
         """The negatives, then those `wanted` titles that are not among them."""
@@ -368,16 +379,20 @@ class BatchBuilder:
         return Candidates(np.concatenate([negatives, missing]), log_q, place)
 
     def _experts(self, scenario: np.ndarray):
-        """Table rows of the experts owned by the values that occur, and each request's place among them."""
-        group = np.zeros(scenario.shape, dtype=np.int64)
+        """Table rows of the experts owned by the values that occur; per dimension requests by value, and how many."""
+        order = np.zeros(scenario.shape[::-1], dtype=np.int64)
         if self.config.model.mixing != "smoe" or not self.scenario_names:
-            return None, group
+            return None, order, ()
         branches = ("id", "cg") if self.config.model.content else ("id",)
         expert: dict[str, Tensor] = {}
+        sizes = []
         for column, name in enumerate(self.scenario_names):
-            values, group[:, column] = np.unique(scenario[:, column], return_inverse=True)
+            values, counts = np.unique(scenario[:, column], return_counts=True)
+            order[column] = np.argsort(scenario[:, column], kind="stable")
+            sizes.append(tuple(counts.tolist()))
             expert[name] = _tensor((values[:, None] * self.expert_rows + np.arange(self.expert_rows)).ravel())
-        return jagged({f"{branch}_{name}": rows for branch in branches for name, rows in expert.items()}), group
+        keys = {f"{branch}_{name}": rows for branch in branches for name, rows in expert.items()}
+        return jagged(keys), order, tuple(sizes)
 
 
 def scenario_names(dataset: PreparedDataset, config: RunConfig) -> tuple[str, ...]:

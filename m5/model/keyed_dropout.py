@@ -63,4 +63,4 @@ class KeyedDropout(nn.Module):
             return x_XD
         assert key_X is not None, "dropout in training needs the keys of the batch"
         byte_XD = mix(key_X.unsqueeze(-1) ^ self.column).view(torch.int8)[..., : self.width]
-        return x_XD * (byte_XD >= self.threshold - 128) * (256 / (256 - self.threshold))
+        return (x_XD * (byte_XD >= self.threshold - 128)).mul_(256 / (256 - self.threshold))

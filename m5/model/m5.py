@@ -1,6 +1,6 @@
 """M5: two mirrored towers over shared tables (Zhao et al., KDD 2023, doi 10.1145/3580305.3599863).
 
-Dimension legend in `m5.batch`; X = K + 1 interests, Q = 2 D width of query and key (D without content branch).
+Dimension legend in `m5.batch`; Q = 2 D width of query and key (D without content branch).
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ from torchrec import EmbeddingCollection
 
 from m5.batch import Batch
 from m5.model.keyed_dropout import position_keys
-from m5.model.multi_interest_extraction import MultiInterestExtraction
+from m5.model.multi_interest_extraction import Interests, MultiInterestExtraction
 from m5.model.multi_modal_embedding import Embedded, MultiModalEmbedding
-from m5.model.multi_scenario_mixing import FeatureCrossing, Mixed, MultiScenarioMixing
+from m5.model.multi_scenario_mixing import FeatureCrossing, Mixed, MultiScenarioMixing, OwnedExperts
 from m5.model.weighted_candidate_matching import WeightedCandidateMatching
 
 
 class TowerOutput(NamedTuple):
     mixed: Mixed
-    interest_PXD: Tensor
-    h_BLD: Tensor
+    interests: Interests
 
 
 class Scores(NamedTuple):
     """What the loss and the evaluation need; score of request p and candidate c is query_PQ[p] . key_CQ[c].
 
-    `gate_P`, `expert_PA` (per branch) and `interest_PXD` (ID branch) tell the model's health; `h_BLD` feeds the
+    `gate_P`, `expert_PA` (per branch) and `interest_PKD` (ID branch) tell the model's health; `h_BLD` feeds the
     masked-language-model loss.
     """
 
@@ -36,7 +35,7 @@ class Scores(NamedTuple):
     key_CQ: Tensor
     gate_P: Tensor
     expert_PA: dict[str, Tensor]
-    interest_PXD: Tensor
+    interest_PKD: Tensor
     h_BLD: Tensor
     id_key_CD: Tensor
 
@@ -49,28 +48,26 @@ class Tower(nn.Module):
         self.extraction = extraction
         self.mixing = mixing
 
-    def forward(self, e_BLD: Tensor, embedded: Embedded, owned_URH: list[Tensor], batch: Batch) -> TowerOutput:
+    def forward(self, e_BLD: Tensor, embedded: Embedded, owned: list[OwnedExperts], batch: Batch) -> TowerOutput:
         draw_BL = position_keys(batch.draw_B, e_BLD.shape[1])
         valid_BL = torch.arange(e_BLD.shape[1], device=e_BLD.device) < batch.length_B.unsqueeze(-1)
-        interest_PXD, h_BLD = self.extraction(
-            e_BLD, embedded.subsidiary_BLF, batch.category_BL, valid_BL, batch.request_P, draw_BL
+        interests = self.extraction(
+            e_BLD, embedded.subsidiary, batch.category_BL, valid_BL, batch.request_P, batch.latest_PK, draw_BL
         )
         mixed = self.mixing(
-            interest_PXD,
-            embedded.feature_PFD,
-            embedded.scenario_PMD,
-            owned_URH,
-            batch.group_PM,
+            interests,
+            embedded.situations,
+            owned,
             batch.scenario_PM,
             draw_BL.flatten().index_select(0, batch.request_P),
         )
-        return TowerOutput(mixed, interest_PXD, h_BLD)
+        return TowerOutput(mixed, interests)
 
 
 class MirroredTowers(nn.ModuleDict):
     """`id` and, with a content branch, `cg`: the same layers, separate weights."""
 
-    def forward(self, embedded: Embedded, owned: dict[str, list[Tensor]], batch: Batch) -> dict[str, TowerOutput]:
+    def forward(self, embedded: Embedded, owned: dict[str, list[OwnedExperts]], batch: Batch) -> dict[str, TowerOutput]:
         return {
             branch: tower(e_BLD, embedded, owned[branch], batch)
             for (branch, tower), e_BLD in zip(self.items(), (embedded.id_BLD, embedded.cg_BLD), strict=False)
@@ -109,20 +106,23 @@ class M5(nn.Module):
         self.embedding = embedding
         self.experts = experts
         self.expert_shape = expert_shape
-        # The order of a batch's keys, which is group_PM's: a sharded collection answers in the order of its plan.
+        # The order of a batch's keys, which is order_MP's: a sharded collection answers in the order of its plan.
         owned = experts.embedding_configs() if experts is not None else ()
         self.expert_keys = [name for table in owned for name in table.feature_names]
         self.towers = MirroredTowers(towers)
         self.gate_crossing = gate_crossing
         self.matching = matching
 
-    def _owned_experts(self, batch: Batch) -> dict[str, list[Tensor]]:
-        """Per branch and scenario dimension the experts [U, R, H] of the values that occur in the batch."""
-        owned: dict[str, list[Tensor]] = {branch: [] for branch in self.towers}
+    def _owned_experts(self, batch: Batch) -> dict[str, list[OwnedExperts]]:
+        """Per branch and scenario dimension the experts of the values that occur in the batch."""
+        owned: dict[str, list[OwnedExperts]] = {branch: [] for branch in self.towers}
         if self.experts is not None and batch.experts is not None:
             rows = self.experts(batch.experts)
             for key in self.expert_keys:
-                owned[key.split("_")[0]].append(rows[key].values().view(-1, *self.expert_shape))
+                of_branch = owned[key.split("_")[0]]
+                weight_URH = rows[key].values().view(-1, *self.expert_shape)
+                m = len(of_branch)
+                of_branch.append(OwnedExperts(weight_URH, batch.order_MP[m], batch.group_sizes[m]))
         return owned
 
     def forward(self, batch: Batch) -> Scores:
@@ -130,17 +130,17 @@ class M5(nn.Module):
         embedded = self.embedding(self.tables(batch.sparse), batch)
         outputs = self.towers(embedded, self._owned_experts(batch), batch)
         user = {branch: outputs[branch].mixed.user_PD for branch in self.towers}
-        crossed_PX = None
+        situations = embedded.situations
+        crossed_JX = None
         if self.gate_crossing is not None:
-            no_interest_P0D = embedded.feature_PFD[:, :0]
-            crossed_PX = self.gate_crossing(no_interest_P0D, embedded.feature_PFD, embedded.scenario_PMD)
-        query_PQ, gate_P = self.matching(user["id"], user.get("cg"), crossed_PX)
+            crossed_JX = self.gate_crossing(situations.feature_JFD, situations.scenario_JMD)
+        query_PQ, gate_P = self.matching(user["id"], user.get("cg"), crossed_JX, situations)
         return Scores(
             query_PQ=query_PQ,
             key_CQ=self.matching.key(embedded.id_key_CD, embedded.cg_key_CD),
             gate_P=gate_P,
             expert_PA={branch: outputs[branch].mixed.gate_PA for branch in self.towers},
-            interest_PXD=outputs["id"].interest_PXD,
-            h_BLD=outputs["id"].h_BLD,
+            interest_PKD=outputs["id"].interests.interest_PKD,
+            h_BLD=outputs["id"].interests.h_BLD,
             id_key_CD=embedded.id_key_CD,
         )

@@ -1,12 +1,12 @@
 """Multi-interest extraction layer (paper: "multi-interest extraction layer"), one per branch.
 
-    d_i       = e_i + W [e_i ; s_i]                subsidiary decoration
+    d_i       = e_i + W [e_i ; s_i]                subsidiary decoration; W s once per distinct s (`m5.batch`)
     h         = Transformer(d)   (ID branch)       self-attention interest extraction
     h         = d                (CG branch)       identity mapping: the pre-trained space is kept
     a_i       = A(s)_i                             intensity, recomputed from the relations within the sequence
     v_{k,j}   = sum_{i <= j, c_i = k} alpha_i h_i  alpha = softmax over those i of (a_i + rho_k i)
 with c_i the behaviour's category and rho_k a learned recency slope. Because a softmax ignores constants, exp(rho_k i)
-is a decay by age that does not depend on the request j: all prefixes come from two cumulative sums, in O(L).
+is a decay by age that does not depend on the request j, and sums over all prefixes cost O(L).
 
 Source: Zhao et al., KDD 2023 (layer, categorisation, decoration, identity mapping); US 11,880,376 (reweighting of
 subsidiary features); softmax aggregation, prefixes and recency slope are our decisions.
@@ -15,28 +15,33 @@ Dimension legend in `m5.batch`; H heads, F width of the subsidiary features.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from m5.model.keyed_dropout import KeyedDropout
+from m5.model.multi_modal_embedding import Subsidiary
 
 MAX_SLOPE = 0.5  # per behaviour: the interest then lives in the last two or three behaviours of its category
 MAX_SLOPE_EXPONENT = 40.0  # slope x history: exp() of it, times a long history's sum, stays inside float32
 MAX_INTENSITY = 10.0
+CHUNK = 64  # behaviours whose pairs are multiplied at once; the work per behaviour is that of one such row
 
 
-def rotate(x_BHLX: Tensor, base: float = 10_000.0) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864): attention sees relative positions only."""
-    half = x_BHLX.shape[-1] // 2
-    position_L1 = torch.arange(x_BHLX.shape[-2], device=x_BHLX.device, dtype=torch.float32).unsqueeze(-1)
-    frequency_X = base ** (-torch.arange(half, device=x_BHLX.device, dtype=torch.float32) / half)
+def rotate(x_BLHX: Tensor, base: float = 10_000.0) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864): attention sees relative positions only.
+
+    Neighbouring elements are a pair, hence one complex number, and turning it is one product.
+    """
+    length, half = x_BLHX.shape[1], x_BLHX.shape[-1] // 2
+    position_L1 = torch.arange(length, device=x_BLHX.device, dtype=torch.float32).unsqueeze(-1)
+    frequency_X = base ** (-torch.arange(half, device=x_BLHX.device, dtype=torch.float32) / half)
     angle_LX = position_L1 * frequency_X
-    cos, sin = angle_LX.cos().to(x_BHLX.dtype), angle_LX.sin().to(x_BHLX.dtype)
-    first, second = x_BHLX[..., :half], x_BHLX[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    turn_LX = torch.polar(torch.ones_like(angle_LX), angle_LX)
+    pairs_BLHX = torch.view_as_complex(x_BLHX.float().unflatten(-1, (half, 2)))
+    return torch.view_as_real(pairs_BLHX * turn_LX.unsqueeze(1)).flatten(-2).to(x_BLHX.dtype)
 
 
 class TransformerBlock(nn.Module):
@@ -60,12 +65,13 @@ class TransformerBlock(nn.Module):
         With causal attention right padding needs no mask: it lies ahead.
         """
         B, L, D = x_BLD.shape
-        packed = self.query_key_value(self.attention_norm(x_BLD)).view(B, L, 3, self.heads, D // self.heads)
-        query_BHLX, key_BHLX, value_BHLX = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        packed = self.query_key_value(self.attention_norm(x_BLD)).view(B, L, 3 * self.heads, D // self.heads)
+        turned, value_BLHX = packed.split([2 * self.heads, self.heads], dim=2)
+        query_BHLX, key_BHLX = rotate(turned).transpose(1, 2).chunk(2, dim=1)
         attended_BHLX = functional.scaled_dot_product_attention(
-            rotate(query_BHLX),
-            rotate(key_BHLX),
-            value_BHLX,
+            query_BHLX,
+            key_BHLX,
+            value_BLHX.transpose(1, 2),
             attn_mask=None if self.causal else valid_BL[:, None, None, :],
             is_causal=self.causal,
         )
@@ -91,10 +97,11 @@ class SubsidiaryIntensity(nn.Module):
         # up to full steps.
         self.scalar = nn.Linear(2 * width, 1, bias=False, device=device)
 
-    def forward(self, subsidiary_BLF: Tensor, valid_BL: Tensor) -> Tensor:
-        """[B, L, F], bool [B, L] -> float32 [B, L]."""
-        own_BLX = functional.gelu(self.own(subsidiary_BLF))
-        query_BLX, key_BLX = self.query_key(own_BLX).chunk(2, dim=-1)
+    def forward(self, subsidiary: Subsidiary, valid_BL: Tensor) -> Tensor:
+        """Subsidiary features, bool [B, L] -> float32 [B, L]."""
+        own_SX = functional.gelu(self.own(subsidiary.feature_SF))
+        packed_SX = torch.cat([own_SX, self.query_key(own_SX)], dim=-1)
+        own_BLX, query_BLX, key_BLX = subsidiary.each(packed_SX).chunk(3, dim=-1)
         related_BLX = functional.scaled_dot_product_attention(
             query_BLX.unsqueeze(1),
             key_BLX.unsqueeze(1),
@@ -117,29 +124,83 @@ class CategoryAggregation(nn.Module):
         self.slope = nn.Parameter(torch.full((categories,), -3.0, device=device))
         self.default = nn.Parameter(torch.zeros(categories, width, device=device))
 
-    def forward(self, h_BLD: Tensor, intensity_BL: Tensor, category_BL: Tensor, request_P: Tensor) -> Tensor:
+    def forward(self, h_BLD: Tensor, intensity_BL: Tensor, category_BL: Tensor, latest_PK: Tensor) -> Tensor:
         """Interests at the requests.
+
+        An interest of category k changes at behaviours of category k alone. So every behaviour gets the interest of its
+        own category as it stands with that behaviour, and a request reads those of the latest behaviours.
 
         Args:
             h_BLD: extracted behaviours.
             intensity_BL: float32 intensities.
             category_BL: int64 in 0..K-1, -1 = belongs to no category (start, padding).
-            request_P: int64 flat positions b * L + l.
+            latest_PK: int64 flat position of the latest behaviour of each category, -1 where there is none.
 
         Returns:
             [P, K, D]; the learned default where the prefix has no behaviour of the category.
         """
         B, L, D = h_BLD.shape
-        position_L1 = torch.arange(L, device=h_BLD.device, dtype=torch.float32).unsqueeze(-1)
+        interest_BLD = self._running_mean(h_BLD, intensity_BL, category_BL)
+        rows_XD = torch.cat([interest_BLD.reshape(B * L, D), self.default.to(h_BLD.dtype)])
+        default_K = B * L + torch.arange(self.categories, device=h_BLD.device)
+        return functional.embedding(torch.where(latest_PK < 0, default_K, latest_PK), rows_XD)
+
+    def _running_mean(self, h_BLD: Tensor, intensity_BL: Tensor, category_BL: Tensor) -> Tensor:
+        """[B, L, D]: of the behaviours up to and including each one, those of its category, weighed.
+
+        Chunk by chunk: within a chunk one matrix product over its pairs of behaviours; what came before a chunk is
+        one sum per category.
+        """
+        B, L, D = h_BLD.shape
+        chunks = -(-L // CHUNK)
+        length = -(-L // chunks)
+        pad = chunks * length - L
+        position_L = torch.arange(L, device=h_BLD.device, dtype=torch.float32)
         slope_K = torch.sigmoid(self.slope.float()) * self.max_slope
-        member_BLK = functional.one_hot(category_BL + 1, self.categories + 1)[..., 1:].to(torch.float32)
-        weight_BLK = member_BLK * torch.exp(intensity_BL.unsqueeze(-1) + position_L1 * slope_K)
-        total_BLK = weight_BLK.cumsum(dim=1)
-        sums = [(weight_BLK[..., k : k + 1] * h_BLD).cumsum(dim=1) for k in range(self.categories)]
-        sum_PKD = torch.stack([sum_BLD.reshape(B * L, D).index_select(0, request_P) for sum_BLD in sums], dim=1)
-        total_PK1 = total_BLK.reshape(B * L, -1).index_select(0, request_P).unsqueeze(-1)
-        mean_PKD = sum_PKD / total_PK1.clamp(min=torch.finfo(torch.float32).tiny)
-        return torch.where(total_PK1 > 0, mean_PKD, self.default)
+        slope_BL = slope_K.index_select(0, category_BL.clamp(min=0).flatten()).view(B, L)
+        weight_BL = torch.exp(intensity_BL + position_L * slope_BL) * (category_BL >= 0)
+        if pad:
+            h_BLD = functional.pad(h_BLD, (0, 0, 0, pad))
+            weight_BL, category_BL = (
+                functional.pad(weight_BL, (0, pad)),
+                functional.pad(category_BL, (0, pad), value=-1),
+            )
+        # Y chunks, of I behaviours each.
+        weight_YI, category_YI = weight_BL.reshape(-1, length), category_BL.reshape(-1, length)
+        h_YID = h_BLD.reshape(-1, length, D)
+        before_II = torch.ones(length, length, dtype=torch.bool, device=h_BLD.device).tril()
+        pair_YII = before_II & (category_YI.unsqueeze(-1) == category_YI.unsqueeze(-2))
+        weight_YII = weight_YI.unsqueeze(-2) * pair_YII
+        sum_YID, total_YI1 = torch.bmm(weight_YII, h_YID), weight_YII.sum(-1, keepdim=True)
+        if chunks > 1:
+            member_YIK = functional.one_hot(category_YI + 1, self.categories + 1)[..., 1:].to(weight_YI.dtype)
+            weight_YKI = (member_YIK * weight_YI.unsqueeze(-1)).transpose(1, 2)
+            sum_YID = sum_YID + torch.bmm(member_YIK, _before(torch.bmm(weight_YKI, h_YID), chunks))
+            total_YI1 = total_YI1 + torch.bmm(member_YIK, _before(weight_YKI.sum(-1, keepdim=True), chunks))
+        mean_YID = sum_YID / total_YI1.clamp(min=torch.finfo(torch.float32).tiny)
+        return mean_YID.view(B, chunks * length, D)[:, :L]
+
+
+def _before(sum_YKX: Tensor, chunks: int) -> Tensor:
+    """Sums of each chunk -> sums of all earlier chunks of its sequence."""
+    sum_BYKX = sum_YKX.view(-1, chunks, *sum_YKX.shape[1:])
+    earlier_BYKX = functional.pad(sum_BYKX.cumsum(1)[:, :-1], (0, 0, 0, 0, 1, 0))
+    return earlier_BYKX.reshape(sum_YKX.shape)
+
+
+class Interests(NamedTuple):
+    """What a branch has extracted.
+
+    Attributes:
+        interest_PKD: the interest of every category.
+        latest_PD: the latest behaviour's state, which plays the part of a session interest (it is SASRec's user vector;
+            our decision).
+        h_BLD: the extracted behaviours, for the masked-language-model loss.
+    """
+
+    interest_PKD: Tensor
+    latest_PD: Tensor
+    h_BLD: Tensor
 
 
 class MultiInterestExtraction(nn.Module):
@@ -186,38 +247,40 @@ class MultiInterestExtraction(nn.Module):
     def forward(
         self,
         e_BLD: Tensor,
-        subsidiary_BLF: Tensor,
+        subsidiary: Subsidiary,
         category_BL: Tensor,
         valid_BL: Tensor,
         request_P: Tensor,
+        latest_PK: Tensor,
         draw_BL: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Interests:
         """Interests of every request.
 
         Args:
             e_BLD: title embeddings of the behaviours.
-            subsidiary_BLF: concatenated subsidiary embeddings.
+            subsidiary: their subsidiary features.
             category_BL: int64, -1 outside behaviours.
             valid_BL: bool, start and behaviours.
             request_P: int64 flat positions.
+            latest_PK: int64 flat positions of each category's latest behaviour, -1 where there is none.
             draw_BL: int32 dropout keys of the positions; None in evaluation.
 
         Returns:
-            interest_PXD: [P, K + 1, D]; the K category interests, then the latest behaviour's state, which plays
-                the part of a session interest (it is SASRec's user vector; our decision).
-            h_BLD: the extracted behaviours, for the masked-language-model loss.
+            Interests, in the dtype of the extracted behaviours.
         """
         B, L, D = e_BLD.shape
         h_BLD = e_BLD
         if self.decoration is not None:
-            h_BLD = e_BLD + self.decoration(torch.cat([e_BLD, subsidiary_BLF], dim=-1))
+            of_title_DD, of_subsidiary_DF = self.decoration.weight.split([D, self.decoration.in_features - D], dim=1)
+            decoration_SD = functional.linear(subsidiary.feature_SF, of_subsidiary_DF, self.decoration.bias)
+            h_BLD = e_BLD + functional.linear(e_BLD, of_title_DD) + subsidiary.each(decoration_SD)
         for block in self.blocks:
             h_BLD = block(h_BLD, valid_BL, draw_BL)
         h_BLD = self.norm(h_BLD)
         if self.intensity is not None:
-            intensity_BL = self.intensity(subsidiary_BLF, valid_BL)
+            intensity_BL = self.intensity(subsidiary, valid_BL)
         else:
             intensity_BL = torch.zeros(B, L, device=e_BLD.device)
-        interest_PKD = self.aggregation(h_BLD.float(), intensity_BL, category_BL, request_P)
+        interest_PKD = self.aggregation(h_BLD.float(), intensity_BL, category_BL, latest_PK)
         latest_PD = h_BLD.reshape(B * L, D).index_select(0, request_P)
-        return torch.cat([interest_PKD.to(h_BLD.dtype), latest_PD.unsqueeze(1)], dim=1), h_BLD
+        return Interests(interest_PKD.to(h_BLD.dtype), latest_PD, h_BLD)

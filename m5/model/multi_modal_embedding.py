@@ -27,14 +27,40 @@ START, UNKNOWN, MASK = 0, 1, 2  # offsets behind the last title
 SPECIAL_ROWS = 3
 
 
+class Subsidiary(NamedTuple):
+    """E^SH of the S distinct combinations of subsidiary features, concatenated, and each behaviour's combination.
+
+    There are a few hundred combinations and many thousand behaviours: what depends on them alone is computed once.
+    """
+
+    feature_SF: Tensor
+    place_BL: Tensor
+
+    def each(self, x_SX: Tensor) -> Tensor:
+        """What was computed per combination, for every behaviour: [S, X] -> [B, L, X]."""
+        return nn.functional.embedding(self.place_BL, x_SX)
+
+
+class Situations(NamedTuple):
+    """What is known of the requests besides behaviours: E^SH of the J distinct situations, and each request's place."""
+
+    feature_JFD: Tensor
+    scenario_JMD: Tensor
+    situation_P: Tensor
+
+    def each(self, x_JX: Tensor) -> Tensor:
+        """What was computed per situation, for every request: [J, X] -> [P, X]."""
+        # An embedding look-up, because its gradient adds up repeated rows faster than index_select's.
+        return nn.functional.embedding(self.situation_P, x_JX)
+
+
 class Embedded(NamedTuple):
     """What the embedding layer hands on; the CG fields are None in a model without content branch."""
 
     id_BLD: Tensor
     cg_BLD: Tensor | None
-    subsidiary_BLF: Tensor
-    feature_PFD: Tensor
-    scenario_PMD: Tensor
+    subsidiary: Subsidiary
+    situations: Situations
     id_key_CD: Tensor
     cg_key_CD: Tensor | None
 
@@ -119,27 +145,26 @@ class MultiModalEmbedding(nn.Module):
         self.cg_dropout = KeyedDropout(dropout, width)
 
     def forward(self, looked_up: dict[str, JaggedTensor], batch: Batch) -> Embedded:
-        """Rows and Batch -> Embedded: [B, L, D] behaviours, [P, ., D] features, [C, D] candidate keys, float32.
+        """Rows and Batch -> Embedded: [B, L, D] behaviours, [J, ., D] features, [C, D] candidate keys, float32.
 
-        `subsidiary_BLF` concatenates the S subsidiary embeddings: F = S * D. Padding positions are zero.
+        Padding positions of the titles are zero.
         """
         rows = {key: value.values() for key, value in looked_up.items()}
         B, L = batch.size
-        requests = batch.request_P.numel()
         history_TD = rows["history"]
         width = history_TD.shape[-1]
 
-        def padded(values_TX: Tensor) -> Tensor:
-            empty = values_TX.new_zeros(B * L, values_TX.shape[-1])
-            return empty.index_copy(0, batch.history_T, values_TX).view(B, L, -1)
+        keys = (*self.features, *self.scenarios)
+        situations = len(rows[keys[0]]) if keys else 1
 
         def stacked(keys: tuple[str, ...]) -> Tensor:
             if not keys:
-                return history_TD.new_zeros(requests, 0, width)
+                return history_TD.new_zeros(situations, 0, width)
             return torch.stack([rows[key] for key in keys], dim=1)
 
         draw_BL = position_keys(batch.draw_B, L)
-        subsidiary_TF = torch.cat([rows[key] for key in self.subsidiary] or [history_TD[:, :0]], dim=-1)
+        id_BLD = history_TD.new_zeros(B * L, width).index_copy(0, batch.history_T, history_TD).view(B, L, width)
+        subsidiary_SF = torch.cat([rows[key] for key in self.subsidiary] or [history_TD[:0, :0]], dim=-1)
         cg_BLD = cg_key_CD = None
         if self.content is not None:
             # Behaviours and candidates share most titles: project each title once.
@@ -149,11 +174,10 @@ class MultiModalEmbedding(nn.Module):
             cg_BLD = self.cg_dropout(cg_XD[: B * L].view(B, L, width), draw_BL)
             cg_key_CD = cg_XD[B * L :]
         return Embedded(
-            id_BLD=self.id_dropout(padded(history_TD), draw_BL),
+            id_BLD=self.id_dropout(id_BLD, draw_BL),
             cg_BLD=cg_BLD,
-            subsidiary_BLF=padded(subsidiary_TF),
-            feature_PFD=stacked(self.features),
-            scenario_PMD=stacked(self.scenarios),
+            subsidiary=Subsidiary(subsidiary_SF, batch.subsidiary_BL),
+            situations=Situations(stacked(self.features), stacked(self.scenarios), batch.situation_P),
             id_key_CD=rows["candidates"],
             cg_key_CD=cg_key_CD,
         )

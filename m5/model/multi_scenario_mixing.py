@@ -1,7 +1,7 @@
 """Multi-scenario mixing layer (paper: "multi-scenario mixing layer"), one per branch: interests to ONE user vector.
 
     z   = [interests ; E^SH(x^u, x^s, x^c) ; crosses],  cross(f) = (W_f E(f)) * (W_s E(x^s))   concat and crossing
-    x   = gelu(W z)
+    x   = gelu(W z)     W's part for all but the interests is applied once per situation (`m5.batch`)
     g   = softmax(G [x ; E(x^s)]) over the A = E_shared + M active experts
     u   = h_latest + sum_a g_a expert_a(x)                                                     split mixture of experts
 
@@ -28,6 +28,8 @@ from torch.nn import functional
 from torchrec import EmbeddingCollection, EmbeddingConfig
 
 from m5.model.keyed_dropout import KeyedDropout
+from m5.model.multi_interest_extraction import Interests
+from m5.model.multi_modal_embedding import Situations
 
 
 class Mixed(NamedTuple):
@@ -59,23 +61,21 @@ def expert_tables(
 
 
 class FeatureCrossing(nn.Module):
-    """z: interests, features and the Hadamard products of projected features with the projected scenario."""
+    """z without the interests: features and the Hadamard products of projected features with the projected scenario."""
 
-    def __init__(
-        self, *, width: int, interests: int, features: int, scenarios: int, device: torch.device | None = None
-    ):
+    def __init__(self, *, width: int, features: int, scenarios: int, device: torch.device | None = None):
         super().__init__()
         self.scenario_projection = nn.Linear(scenarios * width, width, device=device) if scenarios else None
         self.feature_projection = nn.Linear(width, width, device=device) if scenarios else None
         crossed = features if scenarios else 0
-        self.output_width = (interests + features + scenarios + crossed) * width
+        self.output_width = (features + scenarios + crossed) * width
 
-    def forward(self, interest_PXD: Tensor, feature_PFD: Tensor, scenario_PMD: Tensor) -> Tensor:
-        """[P, X, D], [P, F, D], [P, M, D] -> [P, (X + F + M + crosses) * D]."""
-        parts = [interest_PXD, feature_PFD.to(interest_PXD.dtype), scenario_PMD.to(interest_PXD.dtype)]
+    def forward(self, feature_JFD: Tensor, scenario_JMD: Tensor) -> Tensor:
+        """[J, F, D], [J, M, D] -> [J, (F + M + crosses) * D]."""
+        parts = [feature_JFD, scenario_JMD]
         if self.scenario_projection is not None and self.feature_projection is not None:
-            scenario_PD = self.scenario_projection(scenario_PMD.flatten(1))
-            parts.append(self.feature_projection(parts[1]) * scenario_PD.unsqueeze(1))
+            scenario_JD = self.scenario_projection(scenario_JMD.flatten(1))
+            parts.append((self.feature_projection(feature_JFD) * scenario_JD.unsqueeze(1)).to(feature_JFD.dtype))
         return torch.cat(parts, dim=1).flatten(1)
 
 
@@ -91,29 +91,71 @@ class Expert(nn.Module):
         return self.output(functional.gelu(self.hidden(x_PI)))
 
 
-def owned_expert(x_PI: Tensor, weight_URH: Tensor, group_P: Tensor, output_width: int) -> Tensor:
-    """Apply to every request the expert of its scenario value.
+class OwnedExperts(NamedTuple):
+    """The experts of one scenario dimension's values that occur in the batch.
 
-    Args:
-        x_PI: [P, I].
-        weight_URH: [U, R, H], the experts of the U values that occur in the batch.
-        group_P: int64 in 0..U-1, which of them a request owns.
-
-    Returns:
-        [P, D]. One pair of matrix products per group, each over that group's requests alone.
+    Attributes:
+        weight_URH: of the U values that occur.
+        order_P: int64, the requests sorted by their value.
+        sizes: how many requests have each of the U values.
     """
-    if not len(weight_URH):
-        # No request at all. The table stays in the graph: other ranks wait for this one in its backward.
-        return x_PI.new_zeros(0, output_width) + weight_URH.sum().to(x_PI.dtype)
-    order_P = torch.argsort(group_P, stable=True)
-    sizes = torch.bincount(group_P, minlength=weight_URH.shape[0]).tolist()
-    outputs = []
-    for x_GI, weight_RH in zip(x_PI.index_select(0, order_P).split(sizes), weight_URH.unbind(0), strict=True):
-        first_IH, bias_H, second_DH = weight_RH.split([x_PI.shape[1], 1, output_width])
-        hidden_GH = functional.gelu(torch.addmm(bias_H.to(x_GI.dtype), x_GI, first_IH.to(x_GI.dtype)))
-        outputs.append(hidden_GH @ second_DH.to(x_GI.dtype).T)
-    position_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(len(order_P), device=order_P.device))
-    return torch.cat(outputs).index_select(0, position_P)
+
+    weight_URH: Tensor
+    order_P: Tensor
+    sizes: tuple[int, ...]
+
+
+class _OwnedExperts(torch.autograd.Function):
+    """g_p W_2 gelu(W_1 x_p + b) with the expert of each request's value; in value order inside, request order outside.
+
+    Every expert multiplies its requests alone. One function, because autograd would keep and copy each group apart.
+    """
+
+    @staticmethod
+    def forward(ctx, x_PI, gate_P, weight_URH, order_P, sizes):
+        P, width, output_width = len(x_PI), weight_URH.shape[2], weight_URH.shape[1] - x_PI.shape[1] - 1
+        x_PI, gate_P1 = x_PI.index_select(0, order_P), gate_P.index_select(0, order_P).unsqueeze(-1)
+        hidden_PH, output_PD = x_PI.new_empty(P, width), x_PI.new_empty(P, output_width)
+        groups = list(_groups(weight_URH, sizes, x_PI.shape[1]))
+        for rows, (first_IH, bias_1H, _) in groups:
+            torch.addmm(bias_1H, x_PI[rows], first_IH, out=hidden_PH[rows])
+        active_PH = functional.gelu(hidden_PH)
+        weighed_PH = active_PH * gate_P1
+        for rows, (_, _, second_DH) in groups:
+            torch.mm(weighed_PH[rows], second_DH.T, out=output_PD[rows])
+        ctx.save_for_backward(x_PI, gate_P1, weight_URH, order_P, hidden_PH, active_PH)
+        ctx.sizes = sizes
+        return torch.empty_like(output_PD).index_copy_(0, order_P, output_PD)
+
+    @staticmethod
+    def backward(ctx, grad_PD):
+        x_PI, gate_P1, weight_URH, order_P, hidden_PH, active_PH = ctx.saved_tensors
+        grad_PD = grad_PD.index_select(0, order_P)
+        grad_URH, back_PH, grad_PI = torch.empty_like(weight_URH), torch.empty_like(hidden_PH), torch.empty_like(x_PI)
+        weighed_PH = active_PH * gate_P1
+        input_width = x_PI.shape[1]
+        groups = list(_groups(weight_URH, ctx.sizes, input_width))
+        grads = list(_groups(grad_URH, ctx.sizes, input_width))
+        for (rows, (_, _, second_DH)), (_, (_, _, grad_DH)) in zip(groups, grads, strict=True):
+            torch.mm(grad_PD[rows], second_DH, out=back_PH[rows])
+            torch.mm(grad_PD[rows].T, weighed_PH[rows], out=grad_DH)
+        grad_gate_P = (back_PH * active_PH).sum(-1)
+        back_PH = torch.ops.aten.gelu_backward(back_PH.mul_(gate_P1), hidden_PH)
+        for (rows, (first_IH, _, _)), (_, (grad_IH, grad_1H, _)) in zip(groups, grads, strict=True):
+            torch.mm(back_PH[rows], first_IH.T, out=grad_PI[rows])
+            torch.mm(x_PI[rows].T, back_PH[rows], out=grad_IH)
+            torch.sum(back_PH[rows], 0, keepdim=True, out=grad_1H)
+        in_order_PI = torch.empty_like(grad_PI).index_copy_(0, order_P, grad_PI)
+        return in_order_PI, torch.empty_like(grad_gate_P).index_copy_(0, order_P, grad_gate_P), grad_URH, None, None
+
+
+def _groups(weight_URH: Tensor, sizes: tuple[int, ...], input_width: int):
+    """For every value that occurs: the rows of its requests, and W_1 [I, H], bias [1, H] and W_2^T [D, H]."""
+    first = 0
+    for size, weight_RH in zip(sizes, weight_URH.unbind(0), strict=True):
+        parts = weight_RH[:input_width], weight_RH[input_width : input_width + 1], weight_RH[input_width + 1 :]
+        yield slice(first, first + size), parts
+        first += size
 
 
 class SplitMixture(nn.Module):
@@ -131,23 +173,36 @@ class SplitMixture(nn.Module):
         device: torch.device | None = None,
     ):
         super().__init__()
-        self.output_width = output_width
         self.shared = nn.ModuleList(
             Expert(input_width=input_width, hidden=hidden, output_width=output_width, device=device)
             for _ in range(shared)
         )
         self.gate = nn.Linear(input_width + scenario_width, shared + scenarios, device=device)
 
-    def forward(self, x_PI: Tensor, scenario_PX: Tensor, owned_URH: list[Tensor], group_PM: Tensor) -> Mixed:
-        """[P, I], [P, M * D], M tensors [U_m, R, H], int64 [P, M] -> Mixed."""
-        gate_PA = torch.softmax(self.gate(torch.cat([x_PI, scenario_PX.to(x_PI.dtype)], dim=-1)).float(), dim=-1)
-        outputs = [expert(x_PI) for expert in self.shared]
-        outputs += [
-            owned_expert(x_PI, weight_URH, group_PM[:, m], self.output_width) for m, weight_URH in enumerate(owned_URH)
-        ]
+    def forward(self, x_PI: Tensor, situations: Situations, owned: list[OwnedExperts]) -> Mixed:
+        """[P, I], E(x^s) of the situations, the owned experts of M dimensions -> Mixed."""
+        of_x_AI, of_scenario_AX = self.gate.weight.split([x_PI.shape[1], self.gate.in_features - x_PI.shape[1]], dim=1)
+        logit_JA = functional.linear(situations.scenario_JMD.flatten(1), of_scenario_AX, self.gate.bias)
+        logit_PA = functional.linear(x_PI, of_x_AI) + situations.each(logit_JA)
+        gate_PA = torch.softmax(logit_PA.float(), dim=-1)
+        # All in the precision of x, which autocast may have lowered.
         weight_PA = gate_PA.to(x_PI.dtype)
-        user_PD = sum(weight_PA[:, a : a + 1] * output_PD for a, output_PD in enumerate(outputs))
+        user_PD = self._shared(x_PI, weight_PA[:, : len(self.shared)])
+        for m, experts in enumerate(owned):
+            weight_URH, gate_P = experts.weight_URH.to(x_PI.dtype), weight_PA[:, len(self.shared) + m]
+            user_PD = user_PD + _OwnedExperts.apply(x_PI, gate_P, weight_URH, experts.order_P, experts.sizes)
         return Mixed(user_PD, gate_PA)
+
+    def _shared(self, x_PI: Tensor, weight_PE: Tensor) -> Tensor:
+        """Shared experts side by side as one hidden layer; weighing its units, the second product adds them up."""
+        weights = dict(self.shared.named_parameters())
+        experts = range(len(self.shared))
+        first_XI = torch.cat([weights[f"{e}.hidden.weight"] for e in experts])
+        bias_X = torch.cat([weights[f"{e}.hidden.bias"] for e in experts])
+        second_DX = torch.cat([weights[f"{e}.output.weight"] for e in experts], dim=1)
+        active_PX = functional.gelu(functional.linear(x_PI, first_XI, bias_X))
+        weighed_PEH = active_PX.unflatten(1, (len(self.shared), -1)) * weight_PE.unsqueeze(-1)
+        return functional.linear(weighed_PEH.flatten(1), second_DX)
 
 
 class MultiGateMixture(nn.Module):
@@ -189,6 +244,7 @@ class MultiScenarioMixing(nn.Module):
 
     Args:
         crossing: `FeatureCrossing`.
+        interest_width: (K + 1) * D, of all interests of a request together.
         mixture: `SplitMixture`, `MultiGateMixture` or `Expert` (the scenario-blind control).
         input_width: I.
         dropout: on x in training.
@@ -198,6 +254,7 @@ class MultiScenarioMixing(nn.Module):
         self,
         *,
         crossing: FeatureCrossing,
+        interest_width: int,
         mixture: SplitMixture | MultiGateMixture | Expert,
         input_width: int,
         dropout: float,
@@ -205,30 +262,35 @@ class MultiScenarioMixing(nn.Module):
     ):
         super().__init__()
         self.crossing = crossing
-        self.bottom = nn.Linear(crossing.output_width, input_width, device=device)
+        self.bottom = nn.Linear(interest_width + crossing.output_width, input_width, device=device)
         self.mixture = mixture
         self.dropout = KeyedDropout(dropout, input_width)
 
     def forward(
         self,
-        interest_PXD: Tensor,
-        feature_PFD: Tensor,
-        scenario_PMD: Tensor,
-        owned_URH: list[Tensor],
-        group_PM: Tensor,
+        interests: Interests,
+        situations: Situations,
+        owned: list[OwnedExperts],
         scenario_PM: Tensor,
         draw_P: Tensor | None = None,
     ) -> Mixed:
-        """Interests [P, X, D] (the latest state last), features [P, F, D], scenario embeddings [P, M, D] -> Mixed.
+        """Interests and situations -> Mixed.
 
         `draw_P` are the int32 dropout keys of the requests; None in evaluation.
         """
-        crossed_PZ = self.crossing(interest_PXD, feature_PFD, scenario_PMD)
-        x_PI = self.dropout(functional.gelu(self.bottom(crossed_PZ)), draw_P)
+        interest_PX = interests.interest_PKD.flatten(1)
+        crossed_JZ = self.crossing(situations.feature_JFD, situations.scenario_JMD)
+        # W z without ever joining z: every part meets its own columns of W.
+        widths = [part.shape[1] for part in (interest_PX, interests.latest_PD, crossed_JZ)]
+        of_interest_IX, of_latest_ID, of_situation_IZ = self.bottom.weight.split(widths, dim=1)
+        bottom_PI = situations.each(functional.linear(crossed_JZ, of_situation_IZ, self.bottom.bias))
+        bottom_PI = bottom_PI + functional.linear(interest_PX, of_interest_IX)
+        bottom_PI = bottom_PI + functional.linear(interests.latest_PD, of_latest_ID)
+        x_PI = self.dropout(functional.gelu(bottom_PI), draw_P)
         if isinstance(self.mixture, SplitMixture):
-            mixed = self.mixture(x_PI, scenario_PMD.flatten(1), owned_URH, group_PM)
+            mixed = self.mixture(x_PI, situations, owned)
         elif isinstance(self.mixture, MultiGateMixture):
             mixed = self.mixture(x_PI, scenario_PM)
         else:
             mixed = Mixed(self.mixture(x_PI), x_PI.new_ones(x_PI.shape[0], 1, dtype=torch.float32))
-        return Mixed(interest_PXD[:, -1] + mixed.user_PD, mixed.gate_PA)
+        return Mixed(interests.latest_PD + mixed.user_PD, mixed.gate_PA)

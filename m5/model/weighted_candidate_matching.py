@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from m5.model.multi_modal_embedding import Situations
+
 
 class Matching(NamedTuple):
     """query_PQ and the ID branch's weight gate_P (1 in a model without content branch)."""
@@ -63,19 +65,22 @@ class WeightedCandidateMatching(nn.Module):
             return self._branch(id_ND)
         return torch.cat([self._branch(id_ND), self._branch(cg_ND)], dim=-1)
 
-    def forward(self, id_PD: Tensor, cg_PD: Tensor | None, crossed_PX: Tensor | None) -> Matching:
-        """User vectors [P, D] of both branches and crossed features [P, X] -> Matching, float32.
+    def forward(
+        self, id_PD: Tensor, cg_PD: Tensor | None, crossed_JX: Tensor | None, situations: Situations
+    ) -> Matching:
+        """User vectors [P, D] of both branches and the situations' crossed features [J, X] -> Matching, float32.
 
-        `cg_PD` and `crossed_PX` are None in a model without content branch.
+        `cg_PD` and `crossed_JX` are None in a model without content branch.
         """
         scale = self.log_scale.float().exp()
         if cg_PD is None:
             return Matching(scale[0] * self._branch(id_PD), torch.ones(id_PD.shape[0], device=id_PD.device))
         assert self.gate_bias is not None, "a model without content branch got a CG vector"
-        logit_P1 = self.gate_bias.expand(id_PD.shape[0], 1)
         if self.gate_hidden is not None and self.gate_output is not None:
-            logit_P1 = logit_P1 + self.gate_output(functional.gelu(self.gate_hidden(crossed_PX)))
-        gate_P1 = torch.sigmoid(logit_P1.float())
+            logit_J1 = self.gate_bias + self.gate_output(functional.gelu(self.gate_hidden(crossed_JX)))
+            gate_P1 = situations.each(torch.sigmoid(logit_J1.float()))
+        else:
+            gate_P1 = torch.sigmoid(self.gate_bias.float()).expand(id_PD.shape[0], 1)
         query_PQ = torch.cat(
             [gate_P1 * scale[0] * self._branch(id_PD), (1 - gate_P1) * scale[1] * self._branch(cg_PD)], dim=-1
         )
