@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import GB, Report, Spread
-from benchmarks.step import (
+from benchmarks.ranks import (
     PROCESSES,
     Found,
     Job,

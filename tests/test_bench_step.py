@@ -11,8 +11,8 @@ from torch import Tensor
 
 from benchmarks import scaling, step, workload
 from benchmarks.embedding import floor_bytes, zipf_ids
+from benchmarks.ranks import Found, Job
 from benchmarks.scaling import APART, STRONG, THREADS, WEAK, Case, up_to
-from benchmarks.step import Found, Job
 from benchmarks.step_parts import PARTS, UPDATE, Timeline, lookup_nodes, split, watched
 from m5.batch import Batch
 from m5.data.sequences import BatchBuilder
