@@ -97,7 +97,7 @@ class Eligibility:
         return combination_B, (timestamp_B - self.origin).clamp(-limit, limit).to(torch.int32)
 
     def _blocks(self, combination_B: Tensor) -> Iterator[tuple[slice, int | Tensor]]:
-        """Rows whose mask is made at a time, and their combination: one on a CPU, which needs no copy of its windows."""
+        """Rows whose mask is made at a time, and their combination: a single one on a CPU, to copy no windows."""
         on_cpu, titles = combination_B.device.type == "cpu", max(1, self.start_WSN.shape[-1])
         rows = max(1, (CPU_ELEMENTS if on_cpu else GPU_ELEMENTS) // titles)
         if not on_cpu:
