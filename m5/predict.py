@@ -17,7 +17,8 @@ from m5.data.sequences import BatchBuilder
 from m5.model.m5 import M5, Scores
 from m5.schema import PreparedDataset
 
-SEQUENCES = 256  # per forward pass
+# Per forward pass. On a CPU what its caches hold: at history 100, 64 sequences take a quarter less time each than 256.
+CPU_SEQUENCES, GPU_SEQUENCES = 64, 256
 
 
 class Predictor:
@@ -69,8 +70,9 @@ class Predictor:
 
     def batches(self, event_index: np.ndarray):
         """Batches of one request per target event, in order."""
-        for first in range(0, len(event_index), SEQUENCES):
-            events = np.asarray(event_index[first : first + SEQUENCES], dtype=np.int64)
+        sequences = CPU_SEQUENCES if self.device.type == "cpu" else GPU_SEQUENCES
+        for first in range(0, len(event_index), sequences):
+            events = np.asarray(event_index[first : first + sequences], dtype=np.int64)
             yield self.builder.build(self.builder.windows_before(events), None)
 
     def score(self, event_index: np.ndarray) -> Tensor:

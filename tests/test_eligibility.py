@@ -123,6 +123,10 @@ def test_equals_the_definition(rows, released, requests, with_rights):
         else:
             actual = eligibility.mask(torch.tensor(scenario), torch.tensor(timestamp)).numpy()
             np.testing.assert_array_equal(actual, expected)
+            for title in range(3):
+                one = torch.full((len(timestamp),), title)
+                allowed = eligibility.allows(torch.tensor(scenario), torch.tensor(timestamp), one).numpy()
+                np.testing.assert_array_equal(allowed, expected[:, title])
 
 
 @pytest.mark.parametrize("batch", [1, 5])

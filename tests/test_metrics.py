@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from m5 import metrics
 from m5.metrics import (
     bootstrap_intervals,
+    listed_rank,
     propensity_weights,
     ranking_metrics,
     tied_rank,
@@ -69,6 +70,24 @@ def test_rank_is_the_place_in_the_sorted_list(seed):
     target = int(generator.integers(40))
     place = int(np.flatnonzero(np.argsort(-score[0]) == target)[0])
     assert tied_rank(torch.from_numpy(score), torch.tensor([target]))[0] == place + 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.integers(1, 30))
+def test_a_list_of_the_best_gives_the_same_rank(seed, best, levels):
+    generator = np.random.default_rng(seed)
+    score = torch.from_numpy(generator.integers(0, levels, (5, 30)).astype(np.float32))
+    score[:, 25:] = -torch.inf
+    target = torch.from_numpy(generator.integers(0, 25, 5))
+    counted = tied_rank(score, target)
+    listed = listed_rank(score, target, torch.topk(score, best).values)
+    # A target that ties with the last of the list is counted, and its rank may lie beyond the list.
+    np.testing.assert_array_equal(np.where(np.isinf(listed), counted, listed), counted)
+    assert (counted[np.isinf(listed)] > best).all()
+
+
+def test_ranks_beyond_the_cutoffs_measure_zero():
+    assert set(ranking_metrics(np.array([np.inf, np.inf]), np.ones(2)).values()) == {0.0}
 
 
 def test_agrees_with_ranx():
