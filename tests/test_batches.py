@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from m5.batch import Batch
-from m5.data.distinct import distinct_rows, latest_of_category
+from m5.data.arrays import distinct_rows, latest_of_category
 from m5.data.loader import Loader, epoch_batches, training_windows
 from m5.data.sequences import AGE_BUCKETS, BatchBuilder, age_bucket
 from m5.schema import TRAIN

@@ -135,7 +135,8 @@ CATEGORY = torch.tensor([[-1, 0, 2, 0, 2], [-1, 1, -1, -1, -1]])
 REQUESTS = torch.tensor([0, 1, 3, 4, 5, 6])  # flat positions b * 5 + l: starts, middles and ends of both sequences
 
 
-def test_category_aggregation(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk", [2, 64])  # sequences in three parts, and whole
+def test_category_aggregation(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     layer = randomise(CategoryAggregation(width=WIDTH, categories=CATEGORIES, history=4))
 
     def slow(weights: reference.Weights, h: Tensor, a: Tensor) -> Tensor:
@@ -148,9 +149,8 @@ def test_category_aggregation(monkeypatch: pytest.MonkeyPatch) -> None:
 
     inputs = {"h": torch.randn(2, 5, WIDTH), "a": 3 * torch.randn(2, 5)}
     latest = latest_of(CATEGORY, REQUESTS, CATEGORIES)
-    for chunk in (2, 64):  # behaviours whose pairs are multiplied at once: sequences in three parts, and whole
-        monkeypatch.setattr(multi_interest_extraction, "CHUNK", chunk)
-        assert_same(layer, inputs, lambda h, a: layer(h, a, CATEGORY, latest), slow)
+    monkeypatch.setattr(multi_interest_extraction, "CHUNK", chunk)
+    assert_same(layer, inputs, lambda h, a: layer(h, a, CATEGORY, latest), slow)
 
 
 @pytest.mark.parametrize(("blocks", "subsidiary"), [(2, SUBSIDIARY), (0, SUBSIDIARY), (1, 0)])

@@ -215,7 +215,7 @@ def test_traffic_by_hand() -> None:
     """2 nodes of 2 ranks, one table of 100 lookups a rank, 10 GB/s within and 1 GB/s between nodes."""
     cluster = Cluster(hardware="h100", nodes=2, ranks_per_node=2, intra_node=10, inter_node=1)
     config = settings("model.width=16", "model.content=[]")
-    sizes = Sizes(1, 100, 100, 40, 100, 100, 0, 0)
+    sizes = Sizes(1, 100, 100, 2, 5_000, 60, 40, 10, 100, 100, 0, 0)
     load = Load(sizes, 100, everywhere=160, masked_everywhere=0, negatives=10, facts=4, lookups={"f": 100})
     table = Placement("t", 1000, 16, "row_wise", "fused", tuple(Shard(rank, 250, 16) for rank in range(4)))
     kinds = traffic(cluster, [table], {"t": ["f"]}, load, 1_000, config)

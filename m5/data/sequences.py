@@ -16,7 +16,8 @@ from torch import Tensor
 
 from m5.batch import Batch, jagged
 from m5.config import RunConfig
-from m5.data.distinct import distinct_rows, latest_of_category
+from m5.data.arrays import columns, distinct_rows, latest_of_category, sum_by_rank
+from m5.data.draws import Draws
 from m5.model.multi_modal_embedding import MASK, START, UNKNOWN
 from m5.model.multi_scenario_mixing import expert_rows
 from m5.schema import PreparedDataset
@@ -70,32 +71,6 @@ class Requests(NamedTuple):
     context: np.ndarray
     user: np.ndarray
     event: np.ndarray
-
-
-class Draws(NamedTuple):
-    """What chance decides in a training batch: drawn for the batch of all ranks, then cut to this rank's part.
-
-    Every rank draws the same numbers in the same order, so that a batch is the same however many ranks share it.
-
-    Attributes:
-        lost_N: bool, titles that lose their ID embedding.
-        negative, log_q: this rank's slice of the negatives, ascending, and their log expected number of draws.
-        forget_PM: bool, scenario values that the model does not see.
-        masked_BL: bool, behaviours hidden for the masked-language-model loss.
-        key_B: int32, dropout keys.
-        ranks_P, ranks_Q: requests and masked behaviours of every rank.
-        longest_slice: negatives of the rank that has most of them.
-    """
-
-    lost_N: np.ndarray
-    negative: np.ndarray
-    log_q: np.ndarray
-    forget_PM: np.ndarray
-    masked_BL: np.ndarray
-    key_B: np.ndarray
-    ranks_P: tuple[int, ...]
-    ranks_Q: tuple[int, ...]
-    longest_slice: int
 
 
 class Candidates(NamedTuple):
@@ -166,19 +141,19 @@ class BatchBuilder:
         age = np.where(behaviour_BL, age_bucket(self.timestamp[request_BL] - self.timestamp[event_BL]), 0)
         return Behaviours(title.astype(np.int64), intensity.astype(np.int64), age, length)
 
-    def _requests(self, windows: Windows, columns: int) -> Requests:
-        position = np.arange(columns)
+    def _requests(self, windows: Windows, length: int) -> Requests:
+        position = np.arange(length)
         event_BL = windows.start[:, None] + position
         row, column = np.nonzero((event_BL >= windows.first[:, None]) & (event_BL <= windows.last[:, None]))
         event = event_BL[row, column]
         user = self.dataset.user_of(windows.last)[row]
         return Requests(
-            position=row * columns + column,
+            position=row * length + column,
             target=self.title[event].astype(np.int64),
             timestamp=np.asarray(self.timestamp[event]),
-            scenario=_columns(self.scenario, event),
-            context=_columns(self.context, event),
-            user=_columns(self.user_features, user),
+            scenario=columns(self.scenario, event),
+            context=columns(self.context, event),
+            user=columns(self.user_features, user),
             event=event,
         )
 
@@ -228,8 +203,8 @@ class BatchBuilder:
             forget_PM=forget_PM[np.repeat(mine_B, requests_B)],
             masked_BL=masked_BL if mine_B.any() else np.zeros((1, 1), dtype=bool),
             key_B=key_B[mine_B] if mine_B.any() else key_B[:1],
-            ranks_P=_sum_by_rank(requests_B, rank_B, world_size),
-            ranks_Q=_sum_by_rank(masked_B, rank_B, world_size),
+            ranks_P=sum_by_rank(requests_B, rank_B, world_size),
+            ranks_Q=sum_by_rank(masked_B, rank_B, world_size),
             longest_slice=-(-len(negative) // world_size),
         )
 
@@ -295,16 +270,13 @@ class BatchBuilder:
         title = behaviours.title.copy()
         category = np.append(self.category, -1)[np.minimum(title, self.n_titles)]
         has_id = np.append(~self.cold, True)
-        if draws is None:
-            masked, scenario, key_B = np.zeros(0, dtype=np.int64), requests.scenario, np.zeros(B, dtype=np.int32)
-            negative = np.arange(self.n_titles if catalogue else 0)
-            candidates = self._candidates(negative, np.zeros(len(negative)), negative[:0])
-        else:
-            masked, key_B = np.flatnonzero(draws.masked_BL), draws.key_B
-            has_id[:-1] &= ~draws.lost_N
-            scenario = np.where(draws.forget_PM, 0, requests.scenario)
-            wanted = np.concatenate([requests.target, title.flat[masked]])
-            candidates = self._candidates(draws.negative, draws.log_q, wanted)
+        training = draws is not None
+        draws = draws or Draws.nothing(B, requests.scenario.shape, self.n_titles, catalogue)
+        masked = np.flatnonzero(draws.masked_BL)
+        has_id[:-1] &= ~draws.lost_N
+        scenario = np.where(draws.forget_PM, 0, requests.scenario)
+        wanted = np.concatenate([requests.target, title.flat[masked]]) if training else draws.negative[:0]
+        candidates = self._candidates(draws.negative, draws.log_q, wanted)
         hidden_title = title.flat[masked]
         title.flat[masked] = self.n_titles + MASK
 
@@ -337,14 +309,14 @@ class BatchBuilder:
             "event_P": requests.event,
             "masked_Q": masked,
             "masked_place_Q": candidates.place[hidden_title],
-            "draw_B": key_B,
+            "draw_B": draws.key_B,
         }
         return Batch(
             sparse=jagged({key: _tensor(rows) for key, rows in sparse.items()}),
             experts=experts,
-            ranks_P=(len(requests.target),) if draws is None else draws.ranks_P,
-            ranks_Q=(0,) if draws is None else draws.ranks_Q,
-            longest_slice=len(candidates.log_q) if draws is None else draws.longest_slice,
+            ranks_P=draws.ranks_P,
+            ranks_Q=draws.ranks_Q,
+            longest_slice=draws.longest_slice,
             group_sizes=group_sizes,
             **{key: _tensor(values) for key, values in tensors.items()},
         )
@@ -398,16 +370,6 @@ class BatchBuilder:
 def scenario_names(dataset: PreparedDataset, config: RunConfig) -> tuple[str, ...]:
     """Scenario dimensions that the model sees: all of the dataset's, or none for the scenario-blind control."""
     return () if config.model.mixing == "mlp" else tuple(v.name for v in dataset.manifest.scenarios)
-
-
-def _sum_by_rank(value_B: np.ndarray, rank_B: np.ndarray, world_size: int) -> tuple[int, ...]:
-    return tuple(np.bincount(rank_B, weights=value_B, minlength=world_size).astype(int).tolist())
-
-
-def _columns(arrays: list[np.ndarray], rows: np.ndarray) -> np.ndarray:
-    if not arrays:
-        return np.zeros((len(rows), 0), dtype=np.int64)
-    return np.stack([array[rows] for array in arrays], axis=1).astype(np.int64)
 
 
 def _tensor(values: np.ndarray) -> Tensor:

@@ -152,33 +152,33 @@ class CategoryAggregation(nn.Module):
         one sum per category.
         """
         B, L, D = h_BLD.shape
-        chunks = -(-L // CHUNK)
-        length = -(-L // chunks)
+        chunks, length = chunked(L)
         pad = chunks * length - L
         position_L = torch.arange(L, device=h_BLD.device, dtype=torch.float32)
         slope_K = torch.sigmoid(self.slope.float()) * self.max_slope
         slope_BL = slope_K.index_select(0, category_BL.clamp(min=0).flatten()).view(B, L)
         weight_BL = torch.exp(intensity_BL + position_L * slope_BL) * (category_BL >= 0)
-        if pad:
-            h_BLD = functional.pad(h_BLD, (0, 0, 0, pad))
-            weight_BL, category_BL = (
-                functional.pad(weight_BL, (0, pad)),
-                functional.pad(category_BL, (0, pad), value=-1),
-            )
-        # Y chunks, of I behaviours each.
-        weight_YI, category_YI = weight_BL.reshape(-1, length), category_BL.reshape(-1, length)
-        h_YID = h_BLD.reshape(-1, length, D)
+        # Y chunks, of I behaviours each. The same operators whatever their number, for the compiler and for `m5.plan`.
+        weight_YI = functional.pad(weight_BL, (0, pad)).view(-1, length)
+        category_YI = functional.pad(category_BL, (0, pad), value=-1).view(-1, length)
+        h_YID = functional.pad(h_BLD, (0, 0, 0, pad)).view(-1, length, D)
         before_II = torch.ones(length, length, dtype=torch.bool, device=h_BLD.device).tril()
         pair_YII = before_II & (category_YI.unsqueeze(-1) == category_YI.unsqueeze(-2))
         weight_YII = weight_YI.unsqueeze(-2) * pair_YII
-        sum_YID, total_YI1 = torch.bmm(weight_YII, h_YID), weight_YII.sum(-1, keepdim=True)
-        if chunks > 1:
-            member_YIK = functional.one_hot(category_YI + 1, self.categories + 1)[..., 1:].to(weight_YI.dtype)
-            weight_YKI = (member_YIK * weight_YI.unsqueeze(-1)).transpose(1, 2)
-            sum_YID = sum_YID + torch.bmm(member_YIK, _before(torch.bmm(weight_YKI, h_YID), chunks))
-            total_YI1 = total_YI1 + torch.bmm(member_YIK, _before(weight_YKI.sum(-1, keepdim=True), chunks))
+        member_YIK = functional.one_hot(category_YI + 1, self.categories + 1)[..., 1:].to(weight_YI.dtype)
+        weight_YKI = (member_YIK * weight_YI.unsqueeze(-1)).mT
+        sum_YID = torch.bmm(weight_YII, h_YID)
+        sum_YID = torch.baddbmm(sum_YID, member_YIK, _before(torch.bmm(weight_YKI, h_YID), chunks))
+        total_YI1 = weight_YII.sum(-1, keepdim=True)
+        total_YI1 = torch.baddbmm(total_YI1, member_YIK, _before(weight_YKI.sum(-1, keepdim=True), chunks))
         mean_YID = sum_YID / total_YI1.clamp(min=torch.finfo(torch.float32).tiny)
         return mean_YID.view(B, chunks * length, D)[:, :L]
+
+
+def chunked(length: int) -> tuple[int, int]:
+    """L -> number and length of the chunks that a sequence is cut into, as even as can be."""
+    chunks = -(-length // CHUNK)
+    return chunks, -(-length // chunks)
 
 
 def _before(sum_YKX: Tensor, chunks: int) -> Tensor:

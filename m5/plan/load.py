@@ -9,9 +9,10 @@ from torch import nn
 
 from m5.assemble import Inputs
 from m5.config import RunConfig
-from m5.model.m5 import M5
-from m5.model.multi_interest_extraction import SubsidiaryIntensity
+from m5.model.m5 import M5, Tower
+from m5.model.multi_interest_extraction import CategoryAggregation, SubsidiaryIntensity, chunked
 from m5.model.multi_modal_embedding import SPECIAL_ROWS
+from m5.model.multi_scenario_mixing import SplitMixture
 from m5.plan.description import Dataset
 from m5.plan.step_memory import Sizes
 
@@ -57,18 +58,27 @@ def rank_load(dataset: Dataset, inputs: Inputs, config: RunConfig, world_size: i
     titles = min(dataset.titles + SPECIAL_ROWS, negatives + own + min(positions, dataset.titles))
     present = {key: min(rows, requests) for key, rows in inputs.tables.items() if key.startswith("scenario_")}
     smoe = model.mixing == "smoe"
+    of_behaviours = {key: rows for key, rows in inputs.tables.items() if key.startswith(("age", "intensity_"))}
+    of_requests = {key: rows for key, rows in inputs.tables.items() if key not in of_behaviours}
+    combinations = min(positions, math.prod(of_behaviours.values()))
+    situations = min(requests, math.prod(of_requests.values()))
+    chunks, length = chunked(columns)
     sizes = Sizes(
         sequences=sequences,
         positions=positions,
         behaviours=positions,
+        chunks=sequences * chunks,
+        pairs=sequences * chunks * length**2,
+        combinations=combinations,
         requests=requests,
+        situations=situations,
         candidates=negatives + own,
         titles=titles,
         expert_values=sum(present.values()) if smoe else 0,
         masked=masked,
     )
     lookups = {"history": positions, "candidates": negatives + own}
-    lookups |= {key: positions if key == "age" or key.startswith("intensity_") else requests for key in inputs.tables}
+    lookups |= dict.fromkeys(of_behaviours, combinations) | dict.fromkeys(of_requests, situations)
     if smoe:
         height = model.mixing_width + 1 + model.width
         for branch in ("id", "cg") if model.content else ("id",):
@@ -83,12 +93,21 @@ def operations(model: M5, load: Load, config: RunConfig) -> float:
     ranks with the rank's slice.
     """
     sizes, settings = load.sizes, config.model
-    rows_by_part = {"embedding": sizes.titles, "extraction": sizes.positions}
     total = attention_operations(model, load, config)
+    shared = {}  # columns of what depends on the situation alone
+    for branch, tower in model.towers.items():
+        assert isinstance(tower, Tower)
+        mixing = tower.mixing
+        shared[f"towers.{branch}.mixing.bottom"] = mixing.crossing.output_width
+        if isinstance(mixing.mixture, SplitMixture):
+            gate = mixing.mixture.gate
+            shared[f"towers.{branch}.mixing.mixture.gate"] = gate.in_features - settings.mixing_width
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            rows = next((rows for part, rows in rows_by_part.items() if part in name), sizes.requests)
-            total += 6 * rows * module.weight.numel()
+            total += 6 * module.out_features * _inputs(name, module, sizes, settings.width, shared)
+        elif isinstance(module, CategoryAggregation):
+            # Pairs within chunks, and for every position what came before its chunk.
+            total += 6 * settings.width * (sizes.pairs + 2 * sizes.positions * module.categories)
     branches = 2 if settings.content else 1
     if model.experts is not None:
         scenarios = len(model.experts.embedding_configs()) // branches
@@ -96,6 +115,26 @@ def operations(model: M5, load: Load, config: RunConfig) -> float:
         total += 6 * sizes.requests * branches * scenarios * per_request
     key = settings.width * branches
     return total + 6 * load.negatives * (load.everywhere * key + load.masked_everywhere * settings.width)
+
+
+def _inputs(name: str, module: nn.Linear, sizes: Sizes, width: int, shared: dict[str, int]) -> float:
+    """Numbers that a layer multiplies with each row of its weight: its columns, times as often as they are met.
+
+    Parts of an input that many behaviours or requests share are multiplied once; see `Subsidiary` and `Situations`.
+    """
+    columns = module.in_features
+    if name.startswith("embedding"):
+        return columns * sizes.titles
+    if "intensity." in name and not name.endswith("scalar"):
+        return columns * sizes.combinations
+    if name.endswith("decoration"):
+        return width * sizes.positions + (columns - width) * sizes.combinations
+    if "extraction" in name:
+        return columns * sizes.positions
+    if "crossing" in name or name.startswith("matching"):
+        return columns * sizes.situations
+    of_situation = shared.get(name, 0)
+    return (columns - of_situation) * sizes.requests + of_situation * sizes.situations
 
 
 def attention_operations(model: M5, load: Load, config: RunConfig) -> float:

@@ -1,9 +1,9 @@
 """What one step holds, found by running the real model on the CPU for small real batches.
 
 The bytes that a step keeps are sums of products of the batch's sizes (positions, requests, candidates, ...), because
-attention and the candidate softmax are computed without their quadratic matrices. So a few runs at small sizes, with
-the described model's own widths, determine the coefficients, and any batch follows. The looked-up rows stand in for the
-tables, which therefore cost nothing, however long they are.
+attention and the candidate softmax make no quadratic matrix, and interests are summed up chunk by chunk. So a few
+runs at small sizes, with the described model's own widths, determine the coefficients, and any batch follows. The
+looked-up rows stand in for the tables, which therefore cost nothing, however long they are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -21,16 +21,16 @@ from torch.utils._pytree import tree_leaves
 from torchrec import EmbeddingCollection, JaggedTensor, KeyedJaggedTensor
 
 from m5.assemble import Inputs, assemble
-from m5.batch import Batch
+from m5.batch import Batch, jagged
 from m5.config import RunConfig
 from m5.data.sequences import BatchBuilder
 from m5.model.m5 import M5, Scores
+from m5.model.multi_interest_extraction import chunked
 from m5.model.multi_scenario_mixing import expert_rows
 from m5.plan.description import Dataset
 from m5.plan.stand_in import StandIn, whole_histories
 
-PROBES = 14
-VALUES_COLUMN = 6  # place of `expert_values` among the sizes
+PROBES = 28
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,11 @@ class Sizes:
         sequences: B.
         positions: B x L, padding included.
         behaviours: T, padding left out.
+        chunks: sequences are cut into as many when their interests are summed up.
+        pairs: of behaviours of one chunk.
+        combinations: S of subsidiary features.
         requests: P.
+        situations: J.
         candidates: C, the rank's slice of the negatives and its own targets besides.
         titles: distinct titles among behaviours and candidates: each is projected once.
         expert_values: scenario values present, summed over the scenario dimensions.
@@ -51,19 +55,40 @@ class Sizes:
     sequences: float
     positions: float
     behaviours: float
+    chunks: float
+    pairs: float
+    combinations: float
     requests: float
+    situations: float
     candidates: float
     titles: float
     expert_values: float
     masked: float
+
+    def row(self) -> list[float]:
+        """What bytes are a sum of. Sequences are left to chunks: few bytes belong to a sequence as such."""
+        return [1.0, *(getattr(self, field.name) for field in fields(self) if field.name != "sequences")]
 
     @classmethod
     def of(cls, batch: Batch) -> Sizes:
         B, L = batch.size
         present = sum(len(column.unique()) for column in batch.scenario_PM.T) if batch.experts is not None else 0
         titles = torch.cat([batch.title_BL.flatten(), batch.candidate_C]).unique()
-        sizes = (len(batch.history_T), len(batch.request_P), len(batch.candidate_C), len(titles), present)
-        return cls(B, B * L, *sizes, len(batch.masked_Q))
+        chunks, length = chunked(L)
+        return cls(
+            sequences=B,
+            positions=B * L,
+            behaviours=len(batch.history_T),
+            chunks=B * chunks,
+            pairs=B * chunks * length**2,
+            combinations=int(batch.subsidiary_BL.max()) + 1,
+            requests=len(batch.request_P),
+            situations=max((len(batch.sparse[key].values()) for key in _of_situations(batch)), default=1),
+            candidates=len(batch.candidate_C),
+            titles=len(titles),
+            expert_values=present,
+            masked=len(batch.masked_Q),
+        )
 
 
 @dataclass(frozen=True)
@@ -94,10 +119,13 @@ class StepMemory:
 
     def __init__(self, dataset: Dataset, config: RunConfig):
         rows, batches, histories, kept = [], [], [], []
+        generator = np.random.default_rng(1)
         for stand_in, requests in _probes(dataset, config):
             batch, model = batch_and_model(stand_in, config, requests)
+            batch = with_situations(batch, int(generator.integers(2, len(batch.request_P) + 2)))
             step = measure(model, batch, autocast=config.training.autocast)
-            rows.append([1.0, *astuple(Sizes.of(batch))])
+            sizes_of_probe = Sizes.of(batch)
+            rows.append(sizes_of_probe.row())
             batches.append(step.batch)
             kept.append(step.kept)
             histories.append(step.live)
@@ -109,7 +137,7 @@ class StepMemory:
         assert error.max() < 0.01, f"the memory of a step is not linear in its sizes: off by {error.max():.1%}"
         # Scenario values decide how many operators there are, so the probes all have as many. A value more is one
         # expert more a branch, kept for the backward pass and given a gradient of its size.
-        self._values = float(np.array(rows)[0, 1 + VALUES_COLUMN])
+        self._values = sizes_of_probe.expert_values
         self._hidden, self._autocast = config.model.expert_hidden, config.training.autocast
         self._expert_elements = 0
         if config.model.mixing == "smoe":
@@ -118,7 +146,7 @@ class StepMemory:
 
     def __call__(self, sizes: Sizes) -> StepBytes:
         elements = (sizes.expert_values - self._values) * self._expert_elements
-        row = np.array([1.0, *astuple(replace(sizes, expert_values=self._values))])
+        row = np.array(replace(sizes, expert_values=self._values).row())
         batch, kept, *live = (float(value) for value in row @ self._coefficients)
         batch += 8 * elements / self._hidden  # its row numbers
         # Looked-up rows and their gradients are float32; under autocast it is a narrow copy of them that is kept.
@@ -155,6 +183,18 @@ def batch_and_model(stand_in: StandIn, config: RunConfig, requests: int) -> tupl
     with torch.device("cpu"):
         model = assemble(Inputs.of(stand_in, probe), probe, table_device="meta")
     return batch, with_rows_for_tables(model).train()
+
+
+def _of_situations(batch: Batch) -> list[str]:
+    """Keys of the features that are looked up once per situation."""
+    return [key for key in batch.sparse.keys() if key.startswith(("user_", "context_", "scenario_"))]  # noqa: SIM118
+
+
+def with_situations(batch: Batch, count: int) -> Batch:
+    """The batch with `count` situations, of which no request has but those that it had."""
+    features = {key: part.values() for key, part in batch.sparse.to_dict().items()}
+    features |= {key: features[key][:1].repeat(count) for key in _of_situations(batch)}
+    return replace(batch, sparse=jagged(features), situation_P=batch.situation_P.clamp(max=count - 1))
 
 
 class _Rows(nn.Module):

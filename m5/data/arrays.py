@@ -1,4 +1,4 @@
-"""What many rows of a batch share, found in NumPy while a batch is built."""
+"""Index arithmetic of a batch, in NumPy: what rows share, what came last, what belongs to which rank."""
 
 from __future__ import annotations
 
@@ -40,3 +40,15 @@ def latest_of_category(category: np.ndarray, categories: int, position: np.ndarr
         own = np.where(category == k, place, np.int32(-1))
         np.maximum.accumulate(own, axis=1, out=latest[:, k].reshape(B, L))
     return latest[position].astype(np.int64)
+
+
+def sum_by_rank(value_B: np.ndarray, rank_B: np.ndarray, world_size: int) -> tuple[int, ...]:
+    """Sums of `value_B` over the sequences of each rank."""
+    return tuple(np.bincount(rank_B, weights=value_B, minlength=world_size).astype(int).tolist())
+
+
+def columns(arrays: list[np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """The same rows of several arrays side by side: int64 [rows, arrays]."""
+    if not arrays:
+        return np.zeros((len(rows), 0), dtype=np.int64)
+    return np.stack([array[rows] for array in arrays], axis=1).astype(np.int64)
