@@ -37,6 +37,8 @@ from m5.config import ConfigError
 ALONE, THREADS, WEAK, STRONG, APART = "one rank", "one rank, more threads", "weak", "strong", "apart"
 ENOUGH = 0.9  # efficiency of trainings apart, below which the machine has not n ranks' worth of hardware
 
+BUSY = 0.5  # load average that others may cause
+
 
 @dataclass(frozen=True)
 class Case:
@@ -88,6 +90,7 @@ def rate(case: Case, found: list[Found]) -> float:
 def measure(options: argparse.Namespace) -> Report:
     # A round of every case, then again: each repeat compares what was measured within a few minutes.
     job = replace(job_of(options, threads=1), rounds=1)
+    busy = os.getloadavg()[0]
     device = device_kind(job.config.training.device, 1)
     most = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
     ranks = sorted(set(options.ranks or ([1, 2] if options.smoke else up_to(most))))
@@ -100,7 +103,10 @@ def measure(options: argparse.Namespace) -> Report:
     repeats = 1 if options.smoke else options.repeats
     listed = cases(ranks, sequences, job.threads, device, options.smoke)
     found = [{case: train(case, job) for case in listed} for _ in range(repeats)]
-    return report(listed, found, job, device)
+    page = report(listed, found, job, device)
+    if busy > BUSY:
+        page.notes.append(f"Other programs were at work before (load average {busy:.1f}): this page does not count.")
+    return page
 
 
 def report(listed: list[Case], found: list[dict[Case, list[Found]]], job: Job, device: str) -> Report:
