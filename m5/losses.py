@@ -26,9 +26,11 @@ from m5.eligibility import Playable
 from m5.model.m5 import M5, Scores
 from m5.ranks import ALONE, Exchange
 
-# float32 logits of a chunk: on a CPU 8 MiB, which stays in a server core's share of the last-level cache; on a GPU
-# enough to fill it, and few enough chunks for the ranks' exchange after each.
-CPU_CHUNK, GPU_CHUNK = 2**21, 2**26
+# float32 logits of a chunk: on a CPU 4 MiB, which stay in a server core's caches (with an eighth or four times of it a
+# step takes a tenth longer); on a GPU enough to fill it, and few enough chunks for the ranks' exchange after each.
+CPU_CHUNK, GPU_CHUNK = 2**20, 2**26
+# In place of -inf for what is no candidate: a row without any candidate would otherwise be NaN, and not 0.
+NOTHING = -1e30
 
 PlayableRows = Callable[[slice], Tensor]
 """Rows of the requests of all ranks -> bool [rows, C], True where the candidate may be played."""
@@ -53,21 +55,26 @@ class _CandidateSoftmax(torch.autograd.Function):
             score, own = score_G[part], own_G[part]
             factor = query_GQ[part].to(precision)
             logits = (factor @ factor_CQ.T).float()
-            logits -= log_q_C
+            if log_q_C is not None:
+                logits -= log_q_C
             if playable is not None:
-                logits.masked_fill_(~playable(part), -torch.inf)
+                logits.masked_fill_(~playable(part), NOTHING)
             has_own = (own >= 0).nonzero().squeeze(-1)
-            logits[has_own, own[has_own]] = -torch.inf  # the target counts once, as `score`
-            # Never -inf, even over an empty slice, because the target's score is finite.
-            base = torch.maximum(logits.amax(-1), score) if len(key_CQ) else score
-            logits.sub_(base.unsqueeze(-1)).exp_()
-            base_WG, sum_WG = exchange.gather_pairs(base, logits.sum(-1))
-            largest = base_WG.amax(0)
+            logits[has_own, own[has_own]] = NOTHING  # the target counts once, as `score`
+            if len(key_CQ):
+                base, among = logits.amax(-1), torch.softmax(logits, -1)
+                sums = 1 / among.amax(-1)
+            else:
+                base, among, sums = torch.full_like(score, NOTHING), logits, torch.zeros_like(score)
+            base_WG, sum_WG = exchange.gather_pairs(base, sums)
+            largest = torch.maximum(base_WG.amax(0), score)
             total = (sum_WG * (base_WG - largest).exp()).sum(0) + (score - largest).exp()
             log_sum_G[part] = total.log() + largest
-            probability = logits.mul_(((base - largest).exp() / total).unsqueeze(-1)).to(precision)
-            partial_GQ[part] = (probability @ factor_CQ).float()
-            key_grad += probability.T @ factor
+            # Of each request's probability, what falls to this slice; it scales rows of Q numbers instead of C.
+            share_G1 = (sums * (base - largest).exp() / total).unsqueeze(-1)
+            among = among.to(precision)
+            partial_GQ[part] = share_G1 * (among @ factor_CQ)
+            key_grad += among.T @ (share_G1 * query_GQ[part]).to(precision)
         own = exchange.own(ranks_P)
         residual_P1 = torch.expm1(score_G[own] - log_sum_G[own]).unsqueeze(-1)  # probability of the target, less one
         query_grad = exchange.sum_rows(partial_GQ, ranks_P).addcmul(residual_P1, positive_PQ)
@@ -91,7 +98,7 @@ def candidate_softmax(
     key_CQ: Tensor,
     positive_PQ: Tensor,
     *,
-    log_q_C: Tensor,
+    log_q_C: Tensor | None,
     own_G: Tensor,
     playable: PlayableRows | None = None,
     precision: torch.dtype = torch.float32,
@@ -105,7 +112,7 @@ def candidate_softmax(
         query_PQ: float32 [P, Q] of this rank.
         key_CQ: float32 [C, Q] candidate keys, this rank's slice of them.
         positive_PQ: float32 [P, Q] key of each request's target.
-        log_q_C: float32 [C], subtracted from the candidates' logits; 0 for the full catalogue.
+        log_q_C: float32 [C], subtracted from the candidates' logits; None, which is faster, for the full catalogue.
         own_G: int64 [G], for every request of all ranks the candidate of the slice that is its target, -1 where there
             is none.
         playable: rows -> bool [rows, C]; a title that the viewer may not play is no negative. None: all are.
@@ -138,6 +145,7 @@ class MatchingLoss(nn.Module):
 
     Args:
         playable: None where nothing restricts playing.
+        sampled: whether the candidates are drawn, so that their log Q counts; over the full catalogue it is 0.
         mlm_weight: lambda; 0 for causal attention, where every position already is a target.
         width: D, for the masked-language-model head.
         precision: of the matrix products of the candidate softmax.
@@ -148,6 +156,7 @@ class MatchingLoss(nn.Module):
         self,
         *,
         playable: Playable | None,
+        sampled: bool,
         mlm_weight: float,
         width: int,
         precision: torch.dtype = torch.float32,
@@ -155,6 +164,7 @@ class MatchingLoss(nn.Module):
     ):
         super().__init__()
         self.playable = playable
+        self.sampled = sampled
         self.mlm_weight = mlm_weight
         self.precision = precision
         self.exchange = exchange
@@ -174,7 +184,7 @@ class MatchingLoss(nn.Module):
             scores.query_PQ,
             scores.key_CQ[: len(negative_C)],
             scores.key_CQ.index_select(0, batch.positive_P),
-            log_q_C=batch.log_q_C,
+            log_q_C=batch.log_q_C if self.sampled else None,
             own_G=place_among(negative_C, facts_GX[:, 0]),
             playable=playable_rows if self.playable is not None else None,
             precision=self.precision,
@@ -198,7 +208,7 @@ class MatchingLoss(nn.Module):
             projection(hidden_QD),
             scores.id_key_CD[: len(negative_C)],
             scores.id_key_CD.index_select(0, batch.masked_place_Q),
-            log_q_C=batch.log_q_C,
+            log_q_C=batch.log_q_C if self.sampled else None,
             own_G=place_among(negative_C, self.exchange.gather_rows(title_Q1, batch.ranks_Q).squeeze(-1)),
             precision=self.precision,
             exchange=self.exchange,

@@ -90,6 +90,7 @@ def training_model(
     eligibility = Eligibility.from_dataset(dataset, device)
     loss = MatchingLoss(
         playable=Playable(eligibility) if eligibility is not None else None,
+        sampled=config.candidates.kind != "full",
         mlm_weight=config.model.mlm_weight,
         width=config.model.width,
         precision=softmax_precision(config.candidates.precision, torch.device(device)),

@@ -7,6 +7,7 @@ made.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -36,6 +37,7 @@ class StandIn(PreparedDataset):
         lengths = np.asarray(lengths, dtype=np.int64)
         users, events = len(lengths), int(lengths.sum())
         self._like, self._generator = like, generator
+        self.folder = Path("in memory")  # for messages
         self.manifest = _manifest(like, users, titles, cold, events, values)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         self.arrays: dict[str, np.ndarray] = {
