@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional
-from torch_geometric.nn import SAGEConv
 
 from data_prep.neighbour_sampler import Adjacency, sample_neighbours
 
@@ -78,6 +77,18 @@ def sample_hop(graph: MessageGraph, destinations: Nodes, fanout: int, generator:
     )
 
 
+def mean_heard(vectors: torch.Tensor, edges: Edges, n_destinations: int) -> torch.Tensor:
+    """float [n_destinations, width]: the mean of the vectors (float [n, width]) at the sources of each; 0 without any.
+
+    The edges' destinations must rise, as sampling and `Adjacency.neighbours` give them. No message is ever written out:
+    an edge's vector is added where it is heard.
+    """
+    sources, destinations = edges
+    counts = torch.bincount(destinations, minlength=n_destinations)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return functional.embedding_bag(sources, vectors, offsets, mode="mean", include_last_offset=True)
+
+
 class SageLayer(nn.Module):
     """One round of messages between titles and values.
 
@@ -89,26 +100,31 @@ class SageLayer(nn.Module):
     def __init__(self, n_relations: int, width: int):
         super().__init__()
 
-        def convolutions() -> nn.ModuleList:
-            return nn.ModuleList(
-                SAGEConv((width, width), width, aggr="mean", root_weight=False) for _ in range(n_relations)
-            )
+        def linears() -> nn.ModuleList:
+            return nn.ModuleList(nn.Linear(width, width) for _ in range(n_relations))
 
-        self.to_title, self.to_value = convolutions(), convolutions()
+        self.to_title, self.to_value = linears(), linears()
         self.title_self = nn.Linear(width, width)
-        self.value_self = nn.ModuleList(nn.Linear(width, width) for _ in range(n_relations))
+        self.value_self = linears()
 
-    def titles(self, own: torch.Tensor, values: Sequence[torch.Tensor], edges: Sequence[Edges]) -> torch.Tensor:
-        """float [n, width] of n titles, from their own vectors and, by relation, float [n_r, width] of values."""
-        heard = [
-            convolution((source, own), torch.stack(edge))
-            for convolution, source, edge in zip(self.to_title, values, edges, strict=True)
-        ]
-        return self.title_self(own) + torch.stack(heard).mean(0)
+    def spoken(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """By relation, float [n_r, width] of values as titles hear them.
+
+        The linear map comes before the mean, which is the same, because there are fewer values than titles; its bias
+        goes to every title, also to one that hears nothing.
+        """
+        return [functional.linear(v, to.weight) for v, to in zip(values, self.to_title, strict=True)]
+
+    def titles(self, own: torch.Tensor, spoken: Sequence[torch.Tensor], edges: Sequence[Edges]) -> torch.Tensor:
+        """float [n, width] of n titles, from their own vectors and what values have `spoken`."""
+        heard = [mean_heard(vectors, edge, len(own)) for vectors, edge in zip(spoken, edges, strict=True)]
+        total = sum(heard, start=torch.stack([to.bias for to in self.to_title]).sum(0))
+        return self.title_self(own) + total / len(heard)
 
     def values(self, relation: int, own: torch.Tensor, titles: torch.Tensor, edges: Edges) -> torch.Tensor:
         """float [n_r, width] of one relation's values, from their own vectors and those of titles."""
-        return self.value_self[relation](own) + self.to_value[relation]((titles, own), torch.stack(edges))
+        heard = mean_heard(titles, edges, len(own))
+        return self.value_self[relation](own) + self.to_value[relation](heard)
 
 
 class MetagraphSage(nn.Module):
@@ -169,7 +185,7 @@ class MetagraphSage(nn.Module):
             for v, source, destination in zip(values, hop.sources.values, hop.destinations.values, strict=True)
         ]
         new_values = [layer.values(r, own, titles, on(hop.to_value[r])) for r, own in enumerate(own_values)]
-        return layer.titles(own_titles, values, [on(e) for e in hop.to_title]), new_values
+        return layer.titles(own_titles, layer.spoken(values), [on(e) for e in hop.to_title]), new_values
 
     def link_logits(self, relation: int, titles: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """float [...] from unit vectors float [..., width]."""
@@ -202,8 +218,9 @@ class MetagraphSage(nn.Module):
         def chunks(n: int) -> Sequence[torch.Tensor]:
             return torch.arange(n).split(ROWS_PER_CHUNK)
 
+        spoken = layer.spoken(values)
         new_titles = [
-            layer.titles(titles[c[0] : c[-1] + 1], values, [edges(a, c) for a in graph.to_title])
+            layer.titles(titles[c[0] : c[-1] + 1], spoken, [edges(a, c) for a in graph.to_title])
             for c in chunks(len(titles))
         ]
         new_values = [
