@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from m5.batch import Batch
-from m5.data.arrays import distinct_rows, latest_of_category
+from m5.data.arrays import distinct_rows, latest_of_category, sorted_by_value
 from m5.data.loader import Loader, epoch_batches, training_windows
 from m5.data.sequences import AGE_BUCKETS, BatchBuilder, age_bucket
 from m5.schema import TRAIN
@@ -293,6 +293,16 @@ def test_distinct_rows(largest: int) -> None:
     first, place = distinct_rows(values)
     assert len(first) == len(np.unique(values, axis=0)) < len(values)
     np.testing.assert_array_equal(values[first][place], values)
+
+
+@pytest.mark.parametrize("largest", [9, 2**17])  # the second is too wide for 16 bits
+def test_sorted_by_value(largest: int) -> None:
+    values = np.random.default_rng(0).choice([0, 3, largest], 40)
+    distinct, counts, order = sorted_by_value(values)
+    expected, expected_counts = np.unique(values, return_counts=True)
+    np.testing.assert_array_equal(distinct, expected)
+    np.testing.assert_array_equal(counts, expected_counts)
+    np.testing.assert_array_equal(order, np.argsort(values, kind="stable"))
 
 
 def test_rows_without_columns_are_one() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from m5.batch import Batch, jagged
 from m5.config import RunConfig
-from m5.data.arrays import columns, distinct_rows, latest_of_category, sum_by_rank
+from m5.data.arrays import columns, distinct_rows, latest_of_category, sorted_by_value, sum_by_rank
 from m5.data.draws import Draws
 from m5.model.multi_modal_embedding import MASK, START, UNKNOWN
 from m5.model.multi_scenario_mixing import expert_rows
@@ -359,8 +359,7 @@ class BatchBuilder:
         expert: dict[str, Tensor] = {}
         sizes = []
         for column, name in enumerate(self.scenario_names):
-            values, counts = np.unique(scenario[:, column], return_counts=True)
-            order[column] = np.argsort(scenario[:, column], kind="stable")
+            values, counts, order[column] = sorted_by_value(scenario[:, column])
             sizes.append(tuple(counts.tolist()))
             expert[name] = _tensor((values[:, None] * self.expert_rows + np.arange(self.expert_rows)).ravel())
         keys = {f"{branch}_{name}": rows for branch in branches for name, rows in expert.items()}
