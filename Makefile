@@ -1,14 +1,16 @@
-# Targets: demo, test, check, install, clean. The first that is run makes .venv with the pinned set for this machine.
-# Variables: PYTHON (a Python 3.11), PIP_ARGS (e.g. an index that has the CPU build of torch), DEMO (folder of the demo).
+# Targets: demo, test, check, bench, peers, install, clean. The first that is run makes .venv with the pinned set for this machine.
+# Variables: PYTHON (a Python 3.11), PIP_ARGS (e.g. an index that has the CPU build of torch), DEMO (folder of the demo),
+# BENCH (benchmarks to run, of those that `m5 bench` lists).
 
 PYTHON ?= python3.11
 PIP_ARGS ?=
 DEMO ?= runs/demo
+BENCH ?= step loader embedding softmax history smoe evaluate scaling
 SET := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 STAMP := .venv/.installed-$(SET)
 BIN := .venv/bin
 
-.PHONY: demo test check install clean
+.PHONY: demo test check bench peers install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -25,6 +27,14 @@ check: $(STAMP)
 	$(BIN)/shellcheck docker/install.sh docker/train.sbatch .ci/run
 	$(BIN)/python -m pytest tests/test_layering.py
 
+bench: $(STAMP)
+	for name in $(BENCH); do $(BIN)/m5 bench $$name || code=$$?; done; exit $${code:-0}
+
+# RecTools, for `m5 bench peers`: NumPy 1 and pandas 2 cannot stand beside M5.
+peers:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install $(PIP_ARGS) -r requirements/peers.txt
+
 install: $(STAMP)
 
 # The steps are docker/install.sh's, which the images run too. The stamp comes last, so an installation that was
@@ -36,4 +46,4 @@ $(STAMP): docker/install.sh requirements/common.txt requirements/$(SET).txt requ
 
 # Not runs/: it may hold hours of training.
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-peers .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
