@@ -97,7 +97,9 @@ def _draw_posters(folder: Path, count: int, generator: np.random.Generator) -> l
     folder.mkdir()
     paths = [folder / f"{row}.jpg" for row in range(count)]
     for path in paths:
-        clouds = Image.fromarray(generator.integers(0, 256, (12, 8, 3), dtype=np.uint8)).resize(POSTER, Image.BICUBIC)
+        clouds = Image.fromarray(generator.integers(0, 256, (12, 8, 3), dtype=np.uint8)).resize(
+            POSTER, Image.Resampling.BICUBIC
+        )
         grain = generator.integers(-12, 13, (POSTER[1], POSTER[0], 3))
         Image.fromarray((np.asarray(clouds) + grain).clip(0, 255).astype(np.uint8)).save(path, quality=85)
     return [str(path) for path in paths]

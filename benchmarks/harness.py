@@ -86,6 +86,7 @@ class Report:
         notes: paragraphs below the table: what was measured and what it does not show.
         promises: figures with limits.
         plot: draws on the matplotlib axes that it is given.
+        spread_over: what medians and P10 - P90 are over, where it is not --repeats.
         details: more for the JSON.
     """
 
@@ -94,6 +95,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     promises: list[Promise] = field(default_factory=list)
     plot: Callable[[Any], None] | None = None
+    spread_over: str = ""
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -218,15 +220,21 @@ def run(
     found = machine() | {"command": shlex.join(["python", "-m", f"benchmarks.{name}", *words])}
     found |= {"date": f"{datetime.now():%Y-%m-%d %H:%M}", "threads": options.threads, "repeats": options.repeats}
     try:
+        options.out.mkdir(parents=True, exist_ok=True)  # before hours of measuring
         report = measure(options)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
+        return 130
     found["load_after"] = round(os.getloadavg()[0], 2)
     if options.smoke:
         report.promises = []
+        report.spread_over = "as many repeats as a smoke test has time for: these figures say nothing about speed"
     show(report)
-    for path in write(report, found, options.out, f"{found['date'][:10]}-{name}"):
+    stem = f"{found['date'][:10]}-{name}{'-smoke' if options.smoke else ''}"
+    for path in write(report, found, options.out, stem):
         print(path)
     return int(any(not promise.kept for promise in report.promises))
 
@@ -267,7 +275,6 @@ def cell(value: Any) -> str:
 
 def write(report: Report, found: dict[str, Any], out: Path, stem: str) -> list[Path]:
     """The three files; a plot only where there is one."""
-    out.mkdir(parents=True, exist_ok=True)
     record = {
         "title": report.title,
         "machine": found,
@@ -278,10 +285,11 @@ def write(report: Report, found: dict[str, Any], out: Path, stem: str) -> list[P
     }
     paths = [out / f"{stem}.json", out / f"{stem}.md"]
     paths[0].write_text(json.dumps(record, indent=1) + "\n")
+    picture = out / f"{stem}.png"
+    paths[1].write_text(page(report, found, picture.name if report.plot is not None else None))
     if report.plot is not None:
-        paths.append(out / f"{stem}.png")
-        _draw(report, paths[2])
-    paths[1].write_text(page(report, found, paths[2].name if report.plot is not None else None))
+        _draw(report, picture)
+        paths.append(picture)
     return paths
 
 
@@ -306,6 +314,7 @@ def page(report: Report, found: dict[str, Any], picture: str | None) -> str:
     """The Markdown page."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     head = list(report.rows[0])
+    repeated = f"{found['repeats']} repeats"
     lines = [
         f"# {report.title}",
         "",
@@ -317,7 +326,7 @@ def page(report: Report, found: dict[str, Any], picture: str | None) -> str:
         found["command"],
         "```",
         "",
-        f"Median (P10 - P90) of {found['repeats']} repeats.",
+        f"Median (P10 - P90) of {report.spread_over or repeated}.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),

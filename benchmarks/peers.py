@@ -348,6 +348,9 @@ def measure(options: argparse.Namespace) -> Report:
         notes=[*NOTES, *([QUALITY_NOTE] if options.only != "speed" else [])],
         promises=promises(found),
         plot=partial(draw, found=found),
+        spread_over=""
+        if options.only == "speed"
+        else f"{options.repeats} turns of speed; quality is of one training a row",
         details={"peer_versions": next((row.versions for row in found if row.versions), {})},
     )
 

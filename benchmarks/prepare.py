@@ -187,6 +187,7 @@ def measure(options: argparse.Namespace) -> Report:
     return Report(
         title="Preparation: from raw tables to a prepared dataset",
         rows=rows,
+        spread_over="as many repeats as the column `repeats` says",
         notes=[
             "Every preparation was a process of its own; `repeats` says how many there were of each size. The log has "
             "fifty events a viewer on average and up to 20,000 titles. Stages are medians of the seconds from one line "

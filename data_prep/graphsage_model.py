@@ -9,8 +9,9 @@ vector all the same; a value starts from the mean of its titles' features plus a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -111,15 +112,19 @@ class SageLayer(nn.Module):
         """By relation, float [n_r, width] of values as titles hear them.
 
         The linear map comes before the mean, which is the same, because there are fewer values than titles; its bias
-        goes to every title, also to one that hears nothing.
+        waits for the titles, as one that hears nothing has it too.
         """
-        return [functional.linear(v, to.weight) for v, to in zip(values, self.to_title, strict=True)]
+        linears = cast(Iterable[nn.Linear], self.to_title)
+        return [functional.linear(v, linear.weight) for v, linear in zip(values, linears, strict=True)]
 
     def titles(self, own: torch.Tensor, spoken: Sequence[torch.Tensor], edges: Sequence[Edges]) -> torch.Tensor:
         """float [n, width] of n titles, from their own vectors and what values have `spoken`."""
-        heard = [mean_heard(vectors, edge, len(own)) for vectors, edge in zip(spoken, edges, strict=True)]
-        total = sum(heard, start=torch.stack([to.bias for to in self.to_title]).sum(0))
-        return self.title_self(own) + total / len(heard)
+        linears = cast(Iterable[nn.Linear], self.to_title)
+        heard = [
+            mean_heard(vectors, edge, len(own)) + linear.bias
+            for vectors, edge, linear in zip(spoken, edges, linears, strict=True)
+        ]
+        return self.title_self(own) + sum(heard[1:], start=heard[0]) / len(heard)
 
     def values(self, relation: int, own: torch.Tensor, titles: torch.Tensor, edges: Edges) -> torch.Tensor:
         """float [n_r, width] of one relation's values, from their own vectors and those of titles."""

@@ -130,6 +130,15 @@ def test_aggregation_survives_the_longest_history_at_the_steepest_slope() -> Non
     torch.testing.assert_close(interests[-1, 0, 0].double(), expected, rtol=1e-4, atol=0)
 
 
+def test_autocast_does_not_blur_a_long_history() -> None:
+    """Of many behaviours that are all alike the interest is that one, to float32 and not to bfloat16."""
+    layer = CategoryAggregation(width=2, categories=1, history=400)
+    h_BLD, category_BL = torch.full((1, 400, 2), 1.001), torch.zeros(1, 400, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        interests = layer(h_BLD, torch.randn(1, 400), category_BL, torch.arange(400).unsqueeze(-1))
+    torch.testing.assert_close(interests, torch.full((400, 1, 2), 1.001))
+
+
 # ---- the cost of scenarios -----------------------------------------------------------------------------------
 
 

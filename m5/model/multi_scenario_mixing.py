@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torchrec import EmbeddingCollection, EmbeddingConfig
 
@@ -128,6 +129,7 @@ class _OwnedExperts(torch.autograd.Function):
         return torch.empty_like(output_PD).index_copy_(0, order_P, output_PD)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_PD):
         x_PI, gate_P1, weight_URH, order_P, hidden_PH, active_PH = ctx.saved_tensors
         grad_PD = grad_PD.index_select(0, order_P)
