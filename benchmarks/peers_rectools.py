@@ -23,9 +23,6 @@ from rectools.models import HSTUModel, SASRecModel
 from benchmarks.peers_line import serve
 
 MODELS = {"sasrec": SASRecModel, "hstu": HSTUModel}
-# HSTU's scores are cosines, and RecTools' default temperature of 1 leaves their softmax nearly flat. Its authors' code
-# for MovieLens-1M divides by 0.05 (Zhai et al., doi 10.48550/arXiv.2402.17152).
-TEMPERATURE = {"hstu": {"lightning_module_kwargs": {"logits_t": 0.05}}}
 TRAIN, VALID, TEST = 0, 1, 2  # of `m5.schema`
 
 
@@ -85,7 +82,7 @@ class RecTools:
         warnings.filterwarnings("ignore")
         torch.set_num_threads(threads)
         self.model_class, self.accelerator = MODELS[model], "gpu" if device == "cuda" else "cpu"
-        self.settings = {**settings, **TEMPERATURE.get(model, {})}
+        self.settings = settings
         with np.load(events) as arrays:
             self.split = arrays["split"]
             self.events = pd.DataFrame(
