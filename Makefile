@@ -1,4 +1,4 @@
-# Targets: demo, test, check, bench, peers, install, clean. The first that is run makes .venv with the pinned set for this machine.
+# Targets: demo, test, check, bench, install, clean. The first that is run makes .venv with the pinned set for this machine.
 # Variables: PYTHON (a Python 3.11), PIP_ARGS (e.g. an index that has the CPU build of torch), DEMO (folder of the demo),
 # BENCH (benchmarks to run, of those that `m5 bench` lists).
 
@@ -10,7 +10,7 @@ SET := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 STAMP := .venv/.installed-$(SET)
 BIN := .venv/bin
 
-.PHONY: demo test check bench peers install clean
+.PHONY: demo test check bench install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -29,11 +29,6 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	for name in $(BENCH); do $(BIN)/m5 bench $$name || code=$$?; done; exit $${code:-0}
-
-# RecTools, for `m5 bench peers`: NumPy 1 and pandas 2 cannot stand beside M5.
-peers:
-	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install $(PIP_ARGS) -r requirements/peers.txt
 
 install: $(STAMP)
 

@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import shlex
 import statistics
 import subprocess
@@ -138,7 +137,9 @@ def apart(work: Callable[..., T], *arguments: Any) -> tuple[T, int]:
 def _with_peak(work: Callable[..., T], arguments: tuple) -> tuple[T, int]:
     silence_known()
     result = work(*arguments)
-    return result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, which begins with what the process had that this one was started from.
+    status = dict(line.split(":", 1) for line in _lines("/proc/self/status"))
+    return result, int(status["VmHWM"].split()[0]) * 1024
 
 
 # ---- the machine ---------------------------------------------------------------------------------------------
