@@ -81,7 +81,7 @@ def operands(case: Case, device: torch.device) -> Operands:
 def loss_of(case: Case, given: Operands) -> Callable[[], Tensor]:
     """The loss's forward."""
     precision, negatives = getattr(torch, case.precision), len(given.negative_C)
-    log_q_C = torch.zeros(negatives, device=given.target_P.device)
+    log_q_C = torch.zeros(negatives, device=given.target_P.device) if case.kind == "sampled" else None
     own_G = torch.where(given.target_P < negatives, given.target_P, -1)
 
     def plain() -> Tensor:
@@ -209,7 +209,7 @@ def notes(losses: list[dict[str, float]], options: argparse.Namespace) -> list[s
         "of the keys, as large as they are, is part of it.",
         f"Largest difference between full softmax and cross_entropy in the loss of a request, both in float32: "
         f"{agreement}.",
-        "Sampled negatives are given, without a correction of their logits; drawing them is the loader's work. Their "
+        "Sampled negatives are given, with a correction of zero; drawing them is the loader's work. Their "
         "keys, and those of targets that are not among them, are all that the loss sees of a catalogue.",
         f"cross_entropy is left out where its logits, held {LOGITS_HELD} times, would take more than half of the free "
         "memory.",
