@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks import harness, workload
 from benchmarks.harness import GB, Promise, Report, Spread
+from benchmarks.options import positive
 from m5.assemble import table_sizes
 from m5.batch import jagged
 from m5.config import ConfigError, RunConfig
@@ -44,13 +45,6 @@ def zipf_ids(rows: int, count: int, seed: int = 0) -> np.ndarray:
     generator = np.random.default_rng(seed)
     rank = np.minimum((rows + 1) ** generator.random(count), rows).astype(np.int64) - 1
     return generator.permutation(rows)[rank]
-
-
-def copy_rate(device: torch.device, repeats: int, size: int = LARGE) -> Spread:
-    """Bytes read and written a second by a large copy, as many as memory carries."""
-    source = torch.ones(size // 4, device=device)
-    target = torch.empty_like(source)
-    return Spread.rate(2 * size, harness.in_turns({"": lambda: target.copy_(source)}, repeats=repeats)[""])
 
 
 def floor_bytes(lookups: int, distinct: int, width: int) -> tuple[int, int]:
@@ -108,12 +102,11 @@ def trained(lookup: Lookup, update: Update, gradient: Tensor) -> Callable[[], No
 def measure(options: argparse.Namespace) -> Report:
     lookups = 2_048 if options.smoke else options.lookups
     sizes = (1_000,) if options.smoke else options.rows
-    if lookups < 1 or min(sizes) < 1:
-        raise ConfigError("--lookups and --rows must be at least 1")
     config = workload.settings(*BARE, f"model.width={options.width}")
     found: list[dict[str, Any]] = []
     with world("auto") as place:
-        copy = copy_rate(place.device, options.repeats, LARGE // 64 if options.smoke else LARGE)
+        size = LARGE // 64 if options.smoke else LARGE
+        copy = Spread.rate(2 * size, harness.copy_seconds(place.device, size, options.repeats))
         skipped = []
         for rows in sizes:
             needed = rows_memory(rows, options.width)
@@ -206,9 +199,9 @@ def report(
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="sizes of the table")
-    parser.add_argument("--lookups", type=int, default=65_536, help="of a call (default 65,536)")
-    parser.add_argument("--width", type=int, default=64, help="of a row (default 64)")
+    parser.add_argument("--rows", type=positive, nargs="+", default=ROWS, help="sizes of the table")
+    parser.add_argument("--lookups", type=positive, default=65_536, help="of a call (default 65,536)")
+    parser.add_argument("--width", type=positive, default=64, help="of a row (default 64)")
 
 
 def main(argv: list[str] | None = None) -> int:

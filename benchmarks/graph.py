@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.catalogue import write_titles
 from benchmarks.harness import GB, Report, Spread, apart, in_turns, run
+from benchmarks.options import positive
 from data_prep import graphsage
 from data_prep.content_arrays import pick_device, unit_rows
 from data_prep.content_features import content_features, principal_components
@@ -161,7 +162,9 @@ def draw(axes: Any, found: list[Measured]) -> None:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--titles", type=int, nargs="+", default=[2_000, 20_000, 70_000], help="sizes of the catalogue")
+    parser.add_argument(
+        "--titles", type=positive, nargs="+", default=[2_000, 20_000, 70_000], help="sizes of the catalogue"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="of the network (default: a GPU where there is one)")
 
 

@@ -137,9 +137,23 @@ def apart(work: Callable[..., T], *arguments: Any) -> tuple[T, int]:
 def _with_peak(work: Callable[..., T], arguments: tuple) -> tuple[T, int]:
     silence_known()
     result = work(*arguments)
-    # Not ru_maxrss, which begins with what the process had that this one was started from.
-    status = dict(line.split(":", 1) for line in _lines("/proc/self/status"))
-    return result, int(status["VmHWM"].split()[0]) * 1024
+    return result, memory("VmHWM")
+
+
+def memory(figure: str) -> int:
+    """Bytes of this process, as /proc/self/status has them: VmRSS, VmHWM (its peak), RssAnon.
+
+    Not getrusage, whose peak begins with that of the process that this one was started from.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{figure}:"))
+
+
+def copy_seconds(device: torch.device, size: int, repeats: int) -> list[float]:
+    """Of copies that read, and write, `size` bytes: with sizes beyond all caches, as fast as memory is."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    return in_turns({"": lambda: target.copy_(source)}, repeats=repeats)[""]
 
 
 # ---- the machine ---------------------------------------------------------------------------------------------

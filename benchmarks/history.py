@@ -12,21 +12,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
-from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from benchmarks import workload
 from benchmarks.harness import Promise, Report, Spread, in_turns, run
 from benchmarks.options import add_run_arguments, checked, positive
-from m5.batch import Batch
 from m5.config import RunConfig
-from m5.data.sequences import BatchBuilder
 from m5.parallel import World, world
-from m5.step import Stepper
 
 LENGTHS = (50, 100, 200, 400, 800)
 BEHAVIOURS = 6_400  # of a batch
@@ -46,37 +41,23 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is functional.scaled_dot_product_attention:
-            self.calls.append(([leaf(value) for value in args], {name: leaf(value) for name, value in kwargs.items()}))
+            self.calls.append(workload.detached((args, kwargs)))
         return function(*args, **kwargs)
 
 
-def leaf(value: Any) -> Any:
-    """A tensor as the beginning of a graph; anything else as it is."""
-    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
-
-
-class Trained:
-    """A model with histories of one length, and the batches that it steps on."""
+class Histories(workload.Trained):
+    """Training on histories of one length."""
 
     def __init__(self, length: int, options: argparse.Namespace, place: World):
         self.length = length
         self.sequences = max(1, options.behaviours // length)
-        config = settings(self.length, self.sequences, options)
-        dataset = workload.made_dataset(
-            users=self.sequences * options.steps, length=length, titles=300 if options.smoke else 10_000
-        )
-        self.stepper: Stepper = workload.stepper(dataset, config, place)
-        made = workload.endless(BatchBuilder(dataset, config), config, place)
-        self.batches: list[Batch] = [batch.to(place.device) for batch in islice(made, options.steps)]
+        users, titles = self.sequences * options.steps, 300 if options.smoke else 10_000
+        dataset = workload.made_dataset(users=users, length=length, titles=titles)
+        super().__init__(dataset, settings(length, self.sequences, options), place, options.steps)
 
     @property
     def behaviours(self) -> int:
         return sum(len(batch.history_T) for batch in self.batches)
-
-    def whole(self) -> None:
-        """All batches, a step each."""
-        for batch in self.batches:
-            self.stepper.step(batch, 0.1)
 
     def attention(self) -> Callable[[], None]:
         """The attention calls of all batches alone, forward and backward."""
@@ -100,7 +81,7 @@ def measure(options: argparse.Namespace) -> Report:
     if options.smoke:
         options.lengths, options.behaviours, options.steps = [10, 40], 200, 1
     with world(options.device) as place:
-        trained = {str(length): Trained(length, options, place) for length in sorted(set(options.lengths))}
+        trained = {str(length): Histories(length, options, place) for length in sorted(set(options.lengths))}
         attentions = {f"attention {name}": each.attention() for name, each in trained.items()}
         taken = in_turns({name: each.whole for name, each in trained.items()} | attentions, repeats=options.repeats)
     rows, rest = [], {}

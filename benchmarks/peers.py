@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import GB, Promise, Report, Spread, run
+from benchmarks.options import positive
 from benchmarks.peers_line import Ended, Line
 from m5.config import ConfigError
 from m5.evaluate import Scorer, evaluate
@@ -323,6 +324,8 @@ def shrink(options: argparse.Namespace) -> None:
 def measure(options: argparse.Namespace) -> Report:
     # Not resolved: by its link to the interpreter it is that environment's.
     options.peer_python = options.peer_python.absolute()
+    if options.minutes <= 0:
+        raise ConfigError("--minutes must be more than 0")
     if options.smoke:
         shrink(options)
     elif options.data is None:
@@ -363,11 +366,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer-python", type=Path, default=Path(".venv-peers/bin/python"), help="has RecTools")
     parser.add_argument("--only", choices=["speed", "quality"], help="one of the two parts")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="default: all")
-    parser.add_argument("--history", type=int, nargs="+", default=[50, 200], help="default: 50 200")
+    parser.add_argument("--history", type=positive, nargs="+", default=[50, 200], help="default: 50 200")
     parser.add_argument(
         "--loss", nargs="+", choices=list(LOSSES), default=list(LOSSES), help="quality trains with the first only"
     )
-    parser.add_argument("--batches", type=int, default=20, help="of a turn (default 20)")
+    parser.add_argument("--batches", type=positive, default=20, help="of a turn (default 20)")
     parser.add_argument("--minutes", type=float, default=20.0, help="of training, for quality (default 20)")
 
 

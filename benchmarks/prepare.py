@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import GB, Promise, Report, Spread, apart, run
+from benchmarks.harness import GB, Promise, Report, Spread, apart, memory, run
 from benchmarks.raw_tables import Size, described, write_tables
 from data_prep.prepare import prepare_dataset
 from m5.config import ConfigError
@@ -54,12 +54,6 @@ class Run:
     before: int
     anonymous: int
     peak: int
-
-
-def memory(field_name: str) -> int:
-    """Bytes of this process, as /proc/self/status has them: VmHWM, RssAnon."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field_name}:"))
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -133,7 +132,7 @@ def train_some(place: World, job: Job, ready: Callable[[], Any] | None = None) -
     # To the end, where the pipeline leaves the model as it was.
     for _ in steps:
         raise AssertionError("a batch too many")
-    found.memory["resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found.memory["resident"] = harness.memory("VmHWM")
     if place.device.type == "cuda":
         found.memory["allocated"] = torch.cuda.max_memory_allocated()
         found.memory["reserved"] = torch.cuda.max_memory_reserved()

@@ -41,7 +41,7 @@ from m5.train import softmax_precision
 LIMIT_CPU = 2.5  # times the floor, of the whole step
 GEMM_SHARE_GPU, COPY_SHARE_GPU = 0.35, 0.60
 MEMBERS = {"dense": (DENSE, BACKWARD), "softmax": (LOSS,), "lookup": (INPUT, LOOKUP, UPDATE)}
-SIDE, COPIED = {"cpu": 2048, "cuda": 8192}, {"cpu": 2**25, "cuda": 2**28}
+SIDE, COPIED = {"cpu": 2048, "cuda": 8192}, {"cpu": 2**27, "cuda": 2**30}  # side of the matrices; bytes
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,8 @@ class Rates:
             a = torch.randn(side, side, device=device).to(precision)
             out = torch.empty_like(a)
             gemm[precision] = 2 * side**3 / usual(partial(torch.mm, a, a, out=out))
-        x = torch.randn(COPIED[device.type], device=device)
-        y = torch.empty_like(x)
-        return cls(gemm, 2 * x.numel() * x.element_size() / usual(partial(y.copy_, x)))
+        size = COPIED[device.type]
+        return cls(gemm, 2 * size / statistics.median(harness.copy_seconds(device, size, repeats)))
 
     def floor(self, work: Work) -> float:
         """Seconds."""

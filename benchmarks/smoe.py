@@ -13,26 +13,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from benchmarks import workload
 from benchmarks.harness import Promise, Report, Spread, in_turns, run
 from benchmarks.options import add_run_arguments, checked, positive
-from m5.batch import Batch
 from m5.config import RunConfig
-from m5.data.sequences import BatchBuilder
 from m5.model.m5 import M5
 from m5.model.multi_scenario_mixing import MultiScenarioMixing
 from m5.parallel import World, world
 from m5.plan.stand_in import StandIn
 from m5.schema import Vocabulary
-from m5.step import Stepper
 
 VALUES = (2, 20, 200, 2_000)
 MIXINGS = ("smoe", "mmoe", "mlp")
@@ -65,37 +59,26 @@ def made_scenarios(values: int, *, users: int, length: int, titles: int, seed: i
     return dataset
 
 
-class Trained:
-    """A model of one case and the batches that it steps on."""
+class Scenarios(workload.Trained):
+    """Training of one case."""
 
     def __init__(self, case: Case, options: argparse.Namespace, place: World):
-        self.case, self.place = case, place
-        config = settings(case, options)
-        per_batch = config.sequences.sequences
-        length = config.sequences.history
-        dataset = made_scenarios(
-            case.values, users=per_batch * options.steps, length=length, titles=300 if options.smoke else 10_000
-        )
-        self.stepper: Stepper = workload.stepper(dataset, config, place)
-        made = workload.endless(BatchBuilder(dataset, config), config, place)
-        self.batches: list[Batch] = [batch.to(place.device) for batch in islice(made, options.steps)]
+        self.case, config = case, settings(case, options)
+        users, titles = config.sequences.sequences * options.steps, 300 if options.smoke else 10_000
+        dataset = made_scenarios(case.values, users=users, length=config.sequences.history, titles=titles)
+        super().__init__(dataset, config, place, options.steps)
         self.model: M5 = self.stepper.model.module.model
 
     @property
     def targets(self) -> int:
         return sum(sum(batch.ranks_P) for batch in self.batches)
 
-    def whole(self) -> None:
-        """All batches, a step each."""
-        for batch in self.batches:
-            self.stepper.step(batch, 0.1)
-
     def mixing(self) -> Callable[[], None]:
         """Forward and backward of the mixing layers of both branches alone, on what the first batch brings them."""
         calls: list[tuple[MultiScenarioMixing, Any]] = []
         layers = [module for module in self.model.modules() if isinstance(module, MultiScenarioMixing)]
         hooks = [
-            layer.register_forward_pre_hook(lambda layer, arguments: calls.append((layer, detached(arguments))))
+            layer.register_forward_pre_hook(lambda layer, given: calls.append((layer, workload.detached(given))))
             for layer in layers
         ]
         self.stepper.step(self.batches[0], 0.1)
@@ -127,23 +110,12 @@ def settings(case: Case, options: argparse.Namespace) -> RunConfig:
     return workload.settings(*SETTINGS, *tiny, *overrides, f"model.mixing={case.mixing}")
 
 
-def detached(arguments: Any) -> Any:
-    """The same with tensors that stand at the beginning of a graph."""
-
-    def cut(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.detach().requires_grad_(value.requires_grad)
-
-    return pytree.tree_map(cut, arguments)
-
-
 def measure(options: argparse.Namespace) -> Report:
     values = (2, 20) if options.smoke else VALUES
     cases = [Case("smoe", value) for value in values]
     cases += [Case(mixing, value) for mixing in MIXINGS[1:] for value in (values[0], values[-1])]
     with world(options.device) as place:
-        trained = {str(case): Trained(case, options, place) for case in cases}
+        trained = {str(case): Scenarios(case, options, place) for case in cases}
         steps = in_turns({name: each.whole for name, each in trained.items()}, repeats=options.repeats)
         layers = in_turns({name: each.mixing() for name, each in trained.items()}, repeats=options.repeats)
         tables = in_turns({name: each.experts() for name, each in trained.items()}, repeats=options.repeats)
@@ -178,7 +150,7 @@ def measure(options: argparse.Namespace) -> Report:
     )
 
 
-def notes(trained: Trained, options: argparse.Namespace) -> list[str]:
+def notes(trained: Scenarios, options: argparse.Namespace) -> list[str]:
     batch = trained.batches[0]
     found = [
         f"{options.steps} batches of {len(batch.length_B)} sequences and {len(batch.target_P):,} targets, made "

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.harness import Report, Spread, apart, in_turns, run
+from benchmarks.harness import Report, Spread, apart, in_turns, memory, run
 from benchmarks.options import positive
 from m5.losses import candidate_softmax
 
@@ -124,14 +124,9 @@ def resident_peak(case: Case, threads: int) -> int:
     work = work_of(case, torch.device("cpu"))
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is resident now
-    before = _status("VmRSS")
+    before = memory("VmRSS")
     work()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
-    return 1024 * int(line.split()[1])
+    return memory("VmHWM") - before
 
 
 def allocated_peak(case: Case, device: torch.device) -> int:

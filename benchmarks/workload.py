@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from m5.assemble import build_model
 from m5.batch import Batch
@@ -79,3 +82,31 @@ def endless(builder: BatchBuilder, config: RunConfig, place: World) -> Iterator[
         Loader(builder, seed=config.seed, epoch=epoch, rank=place.rank, world_size=place.size) for epoch in count()
     )
     return chain.from_iterable(loaders)
+
+
+class Trained:
+    """A model with its step on some batches, made beforehand.
+
+    Args:
+        dataset, config, place: as for `stepper`.
+        steps: number of batches.
+    """
+
+    def __init__(self, dataset: PreparedDataset, config: RunConfig, place: World, steps: int):
+        self.stepper = stepper(dataset, config, place)
+        made = endless(BatchBuilder(dataset, config), config, place)
+        self.batches = [batch.to(place.device) for batch in islice(made, steps)]
+
+    def whole(self) -> None:
+        """All batches, a step each."""
+        for batch in self.batches:
+            self.stepper.step(batch, 0.1)
+
+
+def detached(arguments: Any) -> Any:
+    """The same with tensors that stand at the beginning of a graph."""
+
+    def cut(value: Any) -> Any:
+        return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+    return tree_map(cut, arguments)

@@ -29,6 +29,8 @@ from m5.ranks import ALONE, Exchange
 # float32 logits of a chunk: on a CPU 4 MiB, which stay in a server core's caches (with an eighth or four times of it a
 # step takes a tenth longer); on a GPU enough to fill it, and few enough chunks for the ranks' exchange after each.
 CPU_CHUNK, GPU_CHUNK = 2**20, 2**26
+# On a CPU at least so many requests, however large the catalogue: every chunk goes over the gradient of all keys.
+LEAST_ROWS = 128
 # In place of -inf for what is no candidate: a row without any candidate would otherwise be NaN, and not 0.
 NOTHING = -1e30
 
@@ -87,8 +89,14 @@ class _CandidateSoftmax(torch.autograd.Function):
         return grad * query_grad, grad * key_grad, grad * positive_grad, *[None] * 7
 
 
+def chunk_rows(candidates: int, *, on_cpu: bool) -> int:
+    """Requests whose logits are made at a time."""
+    rows = (CPU_CHUNK if on_cpu else GPU_CHUNK) // max(1, candidates)
+    return max(LEAST_ROWS if on_cpu else 1, rows)
+
+
 def _chunks(requests: int, candidates: int, on_cpu: bool) -> Iterator[slice]:
-    rows = max(1, (CPU_CHUNK if on_cpu else GPU_CHUNK) // max(1, candidates))
+    rows = chunk_rows(candidates, on_cpu=on_cpu)
     for first in range(0, requests, rows):
         yield slice(first, min(first + rows, requests))
 

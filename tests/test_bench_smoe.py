@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks.options import checked, positive
-from benchmarks.smoe import detached, made_scenarios
+from benchmarks.smoe import made_scenarios
+from benchmarks.workload import detached
 from m5.config import ConfigError
 from m5.model.multi_modal_embedding import Situations
 

@@ -142,7 +142,7 @@ class CategoryAggregation(nn.Module):
         B, L, D = h_BLD.shape
         # Sums of a whole history: autocast would make its products in bfloat16.
         with torch.autocast(h_BLD.device.type, enabled=False):
-            interest_BLD = self._running_mean(h_BLD.float(), intensity_BL, category_BL)
+            interest_BLD = self._running_mean(h_BLD, intensity_BL, category_BL)
         rows_XD = torch.cat([interest_BLD.reshape(B * L, D), self.default.to(h_BLD.dtype)])
         default_K = B * L + torch.arange(self.categories, device=h_BLD.device)
         return functional.embedding(torch.where(latest_PK < 0, default_K, latest_PK), rows_XD)

@@ -197,11 +197,10 @@ class SplitMixture(nn.Module):
 
     def _shared(self, x_PI: Tensor, weight_PE: Tensor) -> Tensor:
         """Shared experts side by side as one hidden layer; weighing its units, the second product adds them up."""
-        weights = dict(self.shared.named_parameters())
-        experts = range(len(self.shared))
-        first_XI = torch.cat([weights[f"{e}.hidden.weight"] for e in experts])
-        bias_X = torch.cat([weights[f"{e}.hidden.bias"] for e in experts])
-        second_DX = torch.cat([weights[f"{e}.output.weight"] for e in experts], dim=1)
+        experts = [expert for expert in self.shared if isinstance(expert, Expert)]
+        first_XI = torch.cat([expert.hidden.weight for expert in experts])
+        bias_X = torch.cat([expert.hidden.bias for expert in experts])
+        second_DX = torch.cat([expert.output.weight for expert in experts], dim=1)
         active_PX = functional.gelu(functional.linear(x_PI, first_XI, bias_X))
         weighed_PEH = active_PX.unflatten(1, (len(self.shared), -1)) * weight_PE.unsqueeze(-1)
         return functional.linear(weighed_PEH.flatten(1), second_DX)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from m5.assemble import Inputs
 from m5.config import RunConfig
 from m5.eligibility import CPU_ELEMENTS, GPU_ELEMENTS
-from m5.losses import CPU_CHUNK, GPU_CHUNK
+from m5.losses import chunk_rows
 from m5.model.m5 import M5
 from m5.model.multi_modal_embedding import SPECIAL_ROWS
 from m5.plan.description import GB, Cluster, Dataset
@@ -138,7 +138,7 @@ def loss_bytes(cluster: Cluster, dataset: Dataset, config: RunConfig, load: Load
     # Gradients of query, target's key and candidates' keys: kept, then scaled by the gradient of the loss.
     gradients = 2 * 4 * (2 * P + C) * Q
     on_gpu = cluster.device == "cuda"
-    rows = min(G, max(1, (GPU_CHUNK if on_gpu else CPU_CHUNK) // max(1, C)))
+    rows = min(G, chunk_rows(C, on_cpu=not on_gpu))
     working = rows * C * (4 + narrow)
     if dataset.rights is not None:
         # The mask of the whole catalogue and of the slice, its inverse; and in a block of it an int32 and two bytes.
