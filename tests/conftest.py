@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Commands set the threads of their process; the next test, whose sums they would round otherwise, has one again."""
+    """Commands set the threads of their process, and sums are rounded by them: the next test has one again."""
     yield
     torch.set_num_threads(1)
 
