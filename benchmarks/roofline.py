@@ -31,6 +31,7 @@ from benchmarks.step_parts import BACKWARD, DENSE, INPUT, LOOKUP, LOSS, UPDATE, 
 from m5.assemble import Inputs, assemble, build_model
 from m5.batch import Batch
 from m5.data.sequences import BatchBuilder
+from m5.model.m5 import M5
 from m5.parallel import World
 from m5.plan.description import Dataset
 from m5.plan.load import operations, rank_load
@@ -103,15 +104,16 @@ def work_of(batch: Batch, dataset: PreparedDataset, job: Job, device: torch.devi
     return {
         "dense": Work(dense, narrow, 2 * sum(kept)),
         "softmax": Work(softmax, softmax_precision(config.candidates.precision, device), 0),
-        "lookup": Work(0, torch.float32, lookup_bytes(batch, config.model.width, config.model.expert_hidden)),
+        "lookup": Work(0, torch.float32, lookup_bytes(batch, bare)),
     }
 
 
-def lookup_bytes(batch: Batch, width: int, expert_width: int) -> float:
+def lookup_bytes(batch: Batch, model: M5) -> float:
     """float32 rows: read, handed on, their gradients read; each distinct row read and written by the optimizer."""
     total = 0.0
-    for features, columns in ((batch.sparse, width), (batch.experts, expert_width)):
-        if features is not None:
+    for features, tables in ((batch.sparse, model.tables), (batch.experts, model.experts)):
+        if features is not None and tables is not None:
+            columns = tables.embedding_configs()[0].embedding_dim
             for part in features.to_dict().values():
                 values = part.values()
                 total += 4 * columns * (3 * len(values) + 2 * len(values.unique()))

@@ -29,7 +29,7 @@ from m5.model.weighted_candidate_matching import WeightedCandidateMatching
 from m5.schema import ContentKind, DataError, PreparedDataset
 
 RESIDUAL_OUTPUTS = ("attention_output", "perceptron_output", "decoration")
-ROWS_PER_SEED = 2**16  # table rows drawn from one random stream; see `initial_rows`
+NUMBERS_PER_SEED = 2**22  # of a table, drawn from one random stream; see `initial_rows`
 
 
 def content_vectors(dataset: PreparedDataset, kinds: tuple[ContentKind, ...]) -> Tensor | None:
@@ -208,27 +208,35 @@ def initialise_dense(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def initial_rows(name: str, first: int, rows: int, width: int, *, seed: int, expert: tuple[int, int] | None) -> Tensor:
+def rows_per_seed(width: int) -> int:
+    """Rows of a table that are drawn from one random stream."""
+    return max(1, NUMBERS_PER_SEED // width)
+
+
+def initial_rows(
+    name: str, first: int, rows: int, width: int, *, seed: int, expert: tuple[int, int, int] | None
+) -> Tensor:
     """float32 [rows, width]: the first values of rows first .. first + rows - 1 of a table.
 
-    Every block of ROWS_PER_SEED rows has a random stream of its own, so that a row starts with the same values
+    Every block of `rows_per_seed` rows has a random stream of its own, so that a row starts with the same values
     however the table is sharded.
 
     Args:
         name: of the table.
-        expert: (I, R) for a table of experts, whose rows are W_1 (std 1 / sqrt(I)), a bias (0) and W_2 (a tenth of
-            1 / sqrt(H)); None for embeddings (std 1 / sqrt(D)).
+        expert: (I, R, H) for a table of experts, which are W_1 (std 1 / sqrt(I)), a bias (0) and W_2 (a tenth of
+            1 / sqrt(H)), R x H numbers in all; None for embeddings (std 1 / sqrt(D)).
     """
     digest = zlib.crc32(name.encode())
-    blocks = []
-    for block in range(first // ROWS_PER_SEED, (first + rows - 1) // ROWS_PER_SEED + 1):
+    blocks, block_rows = [], rows_per_seed(width)
+    for block in range(first // block_rows, (first + rows - 1) // block_rows + 1):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + digest) * 1_009 + block)
-        blocks.append(torch.randn(ROWS_PER_SEED, width, generator=generator))
-    offset = first % ROWS_PER_SEED
+        blocks.append(torch.randn(block_rows, width, generator=generator))
+    offset = first % block_rows
     values = torch.cat(blocks)[offset : offset + rows]
     if expert is None:
         return values / math.sqrt(width)
-    input_width, expert_height = expert
-    place = torch.arange(first, first + rows) % expert_height
-    scale = torch.where(place < input_width, 1 / math.sqrt(input_width), 0.1 / math.sqrt(width))
-    return values * torch.where(place == input_width, 0.0, scale).unsqueeze(-1)
+    input_width, height, hidden = expert
+    row_X1 = (torch.arange(first, first + rows) % (height * hidden // width)).unsqueeze(-1)
+    place = (row_X1 * width + torch.arange(width)) // hidden  # which of the expert's R rows of width H
+    scale = torch.where(place < input_width, 1 / math.sqrt(input_width), 0.1 / math.sqrt(hidden))
+    return values * torch.where(place == input_width, 0.0, scale)

@@ -27,7 +27,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from m5.assemble import ROWS_PER_SEED, initial_rows
+from m5.assemble import initial_rows, rows_per_seed
 from m5.batch import Batch
 from m5.config import ConfigError, RunConfig
 from m5.losses import M5Train
@@ -216,7 +216,7 @@ def table_name(key: str) -> str:
 def _initialise_tables(parallel: DistributedModelParallel, config: RunConfig) -> None:
     """Give every local shard the values that its rows have in the whole table (see `initial_rows`)."""
     bare = parallel.module.model
-    expert = (config.model.mixing_width, bare.expert_shape[0])
+    expert = (config.model.mixing_width, *bare.expert_shape)
     for key, value in parallel.state_dict().items():
         if not isinstance(value, ShardedTensor):
             continue
@@ -225,8 +225,9 @@ def _initialise_tables(parallel: DistributedModelParallel, config: RunConfig) ->
             first, column = shard.metadata.shard_offsets
             rows, width = shard.metadata.shard_sizes
             # Block by block: a shard may fill most of the memory.
-            for block in range(0, rows, ROWS_PER_SEED):
-                count = min(ROWS_PER_SEED, rows - block)
+            step = rows_per_seed(value.size(1))
+            for block in range(0, rows, step):
+                count = min(step, rows - block)
                 values = initial_rows(
                     name,
                     first + block,

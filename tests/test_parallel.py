@@ -11,10 +11,11 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from benchmarks.invariance import difference, train_some, whole
-from m5.assemble import ROWS_PER_SEED, build_model, initial_rows
+from m5.assemble import build_model, initial_rows, rows_per_seed
 from m5.config import ConfigError, RunConfig
 from m5.data.loader import Loader
 from m5.library_warnings import silence_known
+from m5.model.multi_scenario_mixing import expert_table_shape
 from m5.parallel import World, training_state, whole_state, world
 from m5.predict import Predictor
 from m5.train import Trainer, training_model
@@ -186,8 +187,8 @@ def test_sharded_equals_plain_after_one_step(folder: Path, name: str) -> None:
 
 
 def test_first_rows_do_not_depend_on_the_cut() -> None:
-    first, rows = ROWS_PER_SEED - 3, 6
-    whole = initial_rows("title", 0, ROWS_PER_SEED + 5, 4, seed=0, expert=None)
+    first, rows = rows_per_seed(4) - 3, 6
+    whole = initial_rows("title", 0, rows_per_seed(4) + 5, 4, seed=0, expert=None)
     part = initial_rows("title", first, rows, 4, seed=0, expert=None)
     assert torch.equal(part, whole[first : first + rows])
     assert not torch.equal(part, initial_rows("title", first, rows, 4, seed=1, expert=None))
@@ -197,11 +198,13 @@ def test_first_rows_do_not_depend_on_the_cut() -> None:
 def test_first_values_of_experts() -> None:
     """W_1 of std 1 / sqrt(I), a zero bias, W_2 a tenth of 1 / sqrt(H); also where a shard starts inside an expert."""
     input_width, output_width, hidden = 100, 50, 64
-    height = input_width + 1 + output_width
-    rows = initial_rows("experts_id_region", 0, 2 * height, hidden, seed=0, expert=(input_width, height))
-    first, bias, second = rows[:height].split([input_width, 1, output_width])
+    expert = input_width, input_width + 1 + output_width, hidden
+    height, width = expert_table_shape(input_width=input_width, hidden=hidden, output_width=output_width)
+    assert height * width == expert[1] * hidden and width > hidden
+    rows = initial_rows("experts_id_region", 0, 2 * height, width, seed=0, expert=expert)
+    first, bias, second = rows[:height].view(-1, hidden).split([input_width, 1, output_width])
     assert float(first.std()) == pytest.approx(1 / 100**0.5, rel=0.05)
     assert not bias.any()
     assert float(second.std()) == pytest.approx(0.1 / 64**0.5, rel=0.05)
-    tail = initial_rows("experts_id_region", height - 7, height, hidden, seed=0, expert=(input_width, height))
+    tail = initial_rows("experts_id_region", height - 7, height, width, seed=0, expert=expert)
     assert torch.equal(tail, rows[height - 7 : 2 * height - 7])

@@ -12,7 +12,14 @@ from m5.assemble import build_model
 from m5.data.sequences import BatchBuilder
 from m5.model.multi_interest_extraction import CategoryAggregation
 from m5.model.multi_modal_embedding import Situations
-from m5.model.multi_scenario_mixing import Expert, MultiGateMixture, OwnedExperts, SplitMixture, expert_rows
+from m5.model.multi_scenario_mixing import (
+    Expert,
+    MultiGateMixture,
+    OwnedExperts,
+    SplitMixture,
+    expert_rows,
+    expert_table_shape,
+)
 from tests.reference import randomise
 from tests.world import tiny_config, write_world
 
@@ -178,9 +185,10 @@ def test_cost_of_a_batch_does_not_grow_with_the_number_of_scenario_values(
         batch = builder.build(builder.windows_before(dataset.offsets[1:][2:10] - 1), None)
         with FlopCounterMode(display=False) as counter:
             model(batch)
-        assert dict(model.experts.named_parameters())["embeddings.experts_id_region.weight"].shape[0] == (
-            regions + 1
-        ) * expert_rows(12, 16)
+        assert (
+            dict(model.experts.named_parameters())["embeddings.experts_id_region.weight"].shape[0]
+            == (regions + 1) * expert_table_shape(input_width=12, hidden=8, output_width=16)[0]
+        )
         costs.append((batch.experts.values().numel(), counter.get_total_flops()))
     assert costs[0] == costs[1]
     assert costs[0][1] > 0

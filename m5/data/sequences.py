@@ -19,7 +19,7 @@ from m5.config import RunConfig
 from m5.data.arrays import columns, distinct_rows, latest_of_category, sorted_by_value, sum_by_rank
 from m5.data.draws import Draws
 from m5.model.multi_modal_embedding import MASK, START, UNKNOWN
-from m5.model.multi_scenario_mixing import expert_rows
+from m5.model.multi_scenario_mixing import expert_table_shape
 from m5.schema import PreparedDataset
 
 AGE_BUCKETS = 34
@@ -115,7 +115,9 @@ class BatchBuilder:
         weight = (count[self.warm] + 1) ** config.candidates.power
         self.sampling_probability = weight / weight.sum()
         self.target_share = count / max(1.0, count.sum())
-        self.expert_rows = expert_rows(config.model.mixing_width, config.model.width)
+        self.expert_rows, _ = expert_table_shape(
+            input_width=config.model.mixing_width, hidden=config.model.expert_hidden, output_width=config.model.width
+        )
 
     # ---- from the dataset ------------------------------------------------------------------------------------
 

@@ -120,7 +120,7 @@ class M5(nn.Module):
             rows = self.experts(batch.experts)
             for key in self.expert_keys:
                 of_branch = owned[key.split("_")[0]]
-                weight_URH = rows[key].values().view(-1, *self.expert_shape)
+                weight_URH = rows[key].values().reshape(-1, *self.expert_shape)
                 m = len(of_branch)
                 of_branch.append(OwnedExperts(weight_URH, batch.order_MP[m], batch.group_sizes[m]))
         return owned

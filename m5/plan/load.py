@@ -12,7 +12,7 @@ from m5.config import RunConfig
 from m5.model.m5 import M5, Tower
 from m5.model.multi_interest_extraction import CategoryAggregation, SubsidiaryIntensity, chunked
 from m5.model.multi_modal_embedding import SPECIAL_ROWS
-from m5.model.multi_scenario_mixing import SplitMixture
+from m5.model.multi_scenario_mixing import SplitMixture, expert_table_shape
 from m5.plan.description import Dataset
 from m5.plan.step_memory import Sizes
 
@@ -80,9 +80,10 @@ def rank_load(dataset: Dataset, inputs: Inputs, config: RunConfig, world_size: i
     lookups = {"history": positions, "candidates": negatives + own}
     lookups |= dict.fromkeys(of_behaviours, combinations) | dict.fromkeys(of_requests, situations)
     if smoe:
-        height = model.mixing_width + 1 + model.width
+        shape = {"input_width": model.mixing_width, "hidden": model.expert_hidden, "output_width": model.width}
+        rows, _ = expert_table_shape(**shape)
         for branch in ("id", "cg") if model.content else ("id",):
-            lookups |= {f"{branch}_{key.removeprefix('scenario_')}": n * height for key, n in present.items()}
+            lookups |= {f"{branch}_{key.removeprefix('scenario_')}": n * rows for key, n in present.items()}
     return Load(sizes, columns, everywhere, masked_everywhere, negatives, 2 + len(dataset.scenarios), lookups)
 
 

@@ -26,7 +26,7 @@ from m5.config import RunConfig
 from m5.data.sequences import BatchBuilder
 from m5.model.m5 import M5, Scores
 from m5.model.multi_interest_extraction import chunked
-from m5.model.multi_scenario_mixing import expert_rows
+from m5.model.multi_scenario_mixing import expert_table_shape
 from m5.plan.description import Dataset
 from m5.plan.stand_in import StandIn, whole_histories
 
@@ -138,17 +138,21 @@ class StepMemory:
         # Scenario values decide how many operators there are, so the probes all have as many. A value more is one
         # expert more a branch, kept for the backward pass and given a gradient of its size.
         self._values = sizes_of_probe.expert_values
-        self._hidden, self._autocast = config.model.expert_hidden, config.training.autocast
-        self._expert_elements = 0
+        self._autocast = config.training.autocast
+        self._expert_elements, self._expert_width = 0, 1
         if config.model.mixing == "smoe":
-            height = expert_rows(config.model.mixing_width, config.model.width)
-            self._expert_elements = height * self._hidden * (2 if config.model.content else 1)
+            expert_rows, self._expert_width = expert_table_shape(
+                input_width=config.model.mixing_width,
+                hidden=config.model.expert_hidden,
+                output_width=config.model.width,
+            )
+            self._expert_elements = expert_rows * self._expert_width * (2 if config.model.content else 1)
 
     def __call__(self, sizes: Sizes) -> StepBytes:
         elements = (sizes.expert_values - self._values) * self._expert_elements
         row = np.array(replace(sizes, expert_values=self._values).row())
         batch, kept, *live = (float(value) for value in row @ self._coefficients)
-        batch += 8 * elements / self._hidden  # its row numbers
+        batch += 8 * elements / self._expert_width  # its row numbers
         # Looked-up rows and their gradients are float32; under autocast it is a narrow copy of them that is kept.
         kept += (2 if self._autocast else 4) * elements
         peak = max(live) + (10 if self._autocast else 8) * elements
