@@ -14,12 +14,19 @@ context and time are those of that next watch, never of the past behaviour.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
+
+
+class ByCategory(NamedTuple):
+    """Behaviours sorted by category: int64 flat positions order_T of those that have one, and how many of each."""
+
+    order_T: Tensor
+    sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Batch(Pipelineable):
         history_T: flat position (b * L + l) of every behaviour, start positions included, padding not.
         length_B: number of positions, the start included.
         request_P: flat position of every request.
-        latest_PK: flat position of the latest behaviour of each category before the request; -1 where there is none.
+        category_T: flat positions of the behaviours that have a category, sorted by it.
         situation_P: which of the J situations a request has. A situation is a distinct combination of user features,
             context and scenario values as the model sees them; requests of one viewer share theirs, and what depends on
             nothing else is computed once (as RecD does it for whole features, arXiv 2211.05239).
@@ -57,6 +64,7 @@ class Batch(Pipelineable):
         draw_B: int32 key of each sequence's dropout (see `m5.model.keyed_dropout`).
         ranks_P, ranks_Q: how many requests and how many masked titles every rank has in this global batch.
         longest_slice: negatives of the rank that has most of them.
+        category_sizes: how many behaviours each of the K categories has.
         group_sizes: per scenario dimension how many requests have each of the values present in `experts`.
     """
 
@@ -68,7 +76,7 @@ class Batch(Pipelineable):
     history_T: Tensor
     length_B: Tensor
     request_P: Tensor
-    latest_PK: Tensor
+    category_T: Tensor
     situation_P: Tensor
     target_P: Tensor
     candidate_C: Tensor
@@ -85,6 +93,7 @@ class Batch(Pipelineable):
     ranks_P: tuple[int, ...]
     ranks_Q: tuple[int, ...]
     longest_slice: int
+    category_sizes: tuple[int, ...]
     group_sizes: tuple[tuple[int, ...], ...]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
@@ -105,6 +114,10 @@ class Batch(Pipelineable):
     def negative_C(self) -> Tensor:
         """This rank's slice of the negatives: the first of `candidate_C`."""
         return self.candidate_C[: self.log_q_C.numel()]
+
+    @property
+    def by_category(self) -> ByCategory:
+        return ByCategory(self.category_T, self.category_sizes)
 
     @property
     def size(self) -> tuple[int, int]:

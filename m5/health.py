@@ -38,7 +38,7 @@ class Health:
             expert_load={branch: gate_PA.mean(0).tolist() for branch, gate_PA in scores.expert_PA.items()},
             expert_entropy={branch: _relative_entropy(gate_PA) for branch, gate_PA in scores.expert_PA.items()},
             gate=_gate_by_scenario(scores.gate_P.cpu(), batch.rights_PM.cpu(), manifest),
-            interest_similarity=_interest_similarity(scores.interest_PKD),
+            interest_similarity=_interest_similarity(scores.interests.each()),
         )
 
     def numbers(self) -> dict[str, float]:

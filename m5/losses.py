@@ -210,7 +210,7 @@ class MatchingLoss(nn.Module):
         It is computed, as zero, for a batch without hidden titles too: ranks must agree on the graph that they train.
         """
         negative_C = batch.negative_C
-        hidden_QD = scores.h_BLD.flatten(0, 1).index_select(0, batch.masked_Q)
+        hidden_QD = scores.interests.h_BLD.flatten(0, 1).index_select(0, batch.masked_Q)
         title_Q1 = batch.candidate_C.index_select(0, batch.masked_place_Q).unsqueeze(-1)
         loss = candidate_softmax(
             projection(hidden_QD),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from m5.batch import Batch
-from m5.data.arrays import distinct_rows, latest_of_category, sorted_by_value
+from m5.data.arrays import by_category, distinct_rows, sorted_by_value
 from m5.data.loader import Loader, epoch_batches, training_windows
 from m5.data.sequences import AGE_BUCKETS, BatchBuilder, age_bucket
 from m5.schema import TRAIN
@@ -310,7 +310,9 @@ def test_rows_without_columns_are_one() -> None:
     assert first.tolist() == [0] and place.tolist() == [0, 0, 0]
 
 
-def test_latest_of_category() -> None:
-    category = np.array([[-1, 0, 1, 0], [-1, 1, -1, -1]])
-    latest = latest_of_category(category, 2, np.array([0, 2, 3, 4, 6]))
-    assert latest.tolist() == [[-1, -1], [1, 2], [3, 2], [-1, -1], [-1, 5]]
+def test_by_category() -> None:
+    order, sizes = by_category(np.array([[-1, 1, 0, 1], [-1, 3, 0, -1]]), 5)
+    assert order.tolist() == [2, 6, 1, 3, 5]  # flat positions; in each category in the order of the sequences
+    assert sizes == (2, 2, 0, 1, 0)
+    nobody, none = by_category(np.full((2, 3), -1), 2)
+    assert (nobody.tolist(), none) == ([], (0, 0))

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from m5.assemble import build_model
+from m5.batch import ByCategory
 from m5.data.sequences import BatchBuilder
 from m5.model import multi_interest_extraction
 from m5.model.multi_interest_extraction import (
     CategoryAggregation,
+    Interests,
     MultiInterestExtraction,
     SubsidiaryIntensity,
     TransformerBlock,
@@ -119,16 +121,10 @@ def every_request(feature_PFD: Tensor, scenario_PMD: Tensor) -> Situations:
     return Situations(feature_PFD, scenario_PMD, torch.arange(len(feature_PFD)))
 
 
-def latest_of(category_BL: Tensor, request_P: Tensor, categories: int) -> Tensor:
-    """`Batch.latest_PK`, by looking back from every request."""
-    L = category_BL.shape[1]
-    latest = torch.full((len(request_P), categories), -1)
-    for p, flat in enumerate(request_P.tolist()):
-        b, last = divmod(flat, L)
-        for position in range(last + 1):
-            if category_BL[b, position] >= 0:
-                latest[p, category_BL[b, position]] = b * L + position
-    return latest
+def grouped(category_BL: Tensor, categories: int) -> ByCategory:
+    """`Batch.by_category`, by looking for each category."""
+    places = [(category_BL.flatten() == k).nonzero().flatten() for k in range(categories)]
+    return ByCategory(torch.cat(places), tuple(len(found) for found in places))
 
 
 CATEGORY = torch.tensor([[-1, 0, 2, 0, 2], [-1, 1, -1, -1, -1]])
@@ -147,10 +143,22 @@ def test_category_aggregation(monkeypatch: pytest.MonkeyPatch, chunk: int) -> No
             rows.append(reference.category_aggregation(weights, h[b], a[b], category, last, max_slope=layer.max_slope))
         return torch.stack(rows)
 
+    def interests_of(h: Tensor, a: Tensor) -> Interests:
+        means, behaviours = layer(a, CATEGORY), grouped(CATEGORY, CATEGORIES)
+        return Interests(h, means, layer.default, behaviours, REQUESTS, h.flatten(0, 1)[REQUESTS])
+
     inputs = {"h": torch.randn(2, 5, WIDTH), "a": 3 * torch.randn(2, 5)}
-    latest = latest_of(CATEGORY, REQUESTS, CATEGORIES)
     monkeypatch.setattr(multi_interest_extraction, "CHUNK", chunk)
-    assert_same(layer, inputs, lambda h, a: layer(h, a, CATEGORY, latest), slow)
+    assert_same(layer, inputs, lambda h, a: interests_of(h, a).each(), slow)
+    layer.zero_grad()
+    # A linear layer of all interests, never written out: output and gradients, its weight's too.
+    inputs["w"] = torch.randn(3, CATEGORIES * WIDTH)
+    assert_same(
+        layer,
+        inputs,
+        lambda h, a, w: interests_of(h, a).linear(w),
+        lambda weights, h, a, w: slow(weights, h, a).flatten(1) @ w.T,
+    )
 
 
 @pytest.mark.parametrize(("blocks", "subsidiary"), [(2, SUBSIDIARY), (0, SUBSIDIARY), (1, 0)])
@@ -191,11 +199,9 @@ def test_extraction(blocks: int, subsidiary: int, attention: str) -> None:
             )
         return torch.stack(rows)
 
-    latest = latest_of(CATEGORY, requests, CATEGORIES)
-
     def interests_of(e: Tensor, s: Tensor) -> Tensor:
-        found = layer(e, every_behaviour(s), CATEGORY, valid_mask(), requests, latest)
-        return torch.cat([found.interest_PKD, found.latest_PD.unsqueeze(1)], dim=1)
+        found = layer(e, every_behaviour(s), CATEGORY, valid_mask(), grouped(CATEGORY, CATEGORIES), requests)
+        return torch.cat([found.each(), found.latest_PD.unsqueeze(1)], dim=1)
 
     inputs = {"e": torch.randn(2, 5, WIDTH), "s": torch.randn(2, 5, subsidiary)}
     assert_same(

@@ -200,7 +200,7 @@ def test_masked_titles_are_hidden_and_scored(tmp_path: Path) -> None:
     )
     titles = []
     for flat, place in zip(batch.masked_Q.tolist(), batch.masked_place_Q.tolist(), strict=True):
-        state = model.loss.mlm_projection(scores.h_BLD.flatten(0, 1)[flat])
+        state = model.loss.mlm_projection(scores.interests.h_BLD.flatten(0, 1)[flat])
         logits = torch.stack([state @ key for key in scores.id_key_CD])
         titles.append(torch.logsumexp(logits, 0) - logits[place])
     expected = matching + 0.5 * torch.stack(titles).mean() * batch.request_P.numel()

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from m5.assemble import build_model
+from m5.batch import ByCategory
+from m5.data.arrays import by_category
 from m5.data.sequences import BatchBuilder
-from m5.model.multi_interest_extraction import CategoryAggregation
+from m5.model.multi_interest_extraction import CategoryAggregation, Interests
 from m5.model.multi_modal_embedding import Situations
 from m5.model.multi_scenario_mixing import (
     Expert,
@@ -100,14 +103,22 @@ def test_multi_gate_mixture_without_scenarios_is_plain_mixture() -> None:
     torch.testing.assert_close(mixture(x_PI, torch.zeros(4, 0, dtype=torch.int64)).user_PD, expected)
 
 
+def interests_of(layer: CategoryAggregation, h_BLD: Tensor, intensity_BL: Tensor, category_BL: Tensor) -> Tensor:
+    """[B * L, K, D]: the interests at every position."""
+    order, sizes = by_category(category_BL.numpy(), layer.categories)
+    every_P = torch.arange(category_BL.numel())
+    means = layer(intensity_BL, category_BL)
+    grouped = ByCategory(torch.from_numpy(order), sizes)
+    return Interests(h_BLD, means, layer.default, grouped, every_P, h_BLD.flatten(0, 1)).each()
+
+
 def test_one_category_without_slope_and_intensity_is_the_running_mean() -> None:
     layer = CategoryAggregation(width=WIDTH, categories=1, history=4)
     with torch.no_grad():
         layer.slope.fill_(-torch.inf)
     h_BLD = torch.randn(1, 5, WIDTH)
     category_BL = torch.tensor([[-1, 0, 0, 0, 0]])
-    latest_PK = torch.tensor([-1, 1, 2, 3, 4]).unsqueeze(-1)
-    interests = layer(h_BLD, torch.zeros(1, 5), category_BL, latest_PK)
+    interests = interests_of(layer, h_BLD, torch.zeros(1, 5), category_BL)
     for last in range(1, 5):
         torch.testing.assert_close(interests[last, 0], h_BLD[0, 1 : last + 1].mean(0))
 
@@ -118,8 +129,8 @@ def test_one_category_without_slope_is_attention_pooling() -> None:
         layer.slope.fill_(-torch.inf)
     h_BLD, intensity_BL = torch.randn(1, 5, WIDTH), torch.randn(1, 5)
     pooled = torch.softmax(intensity_BL[0], dim=0) @ h_BLD[0]
-    interests = layer(h_BLD, intensity_BL, torch.zeros(1, 5, dtype=torch.int64), torch.tensor([[4]]))
-    torch.testing.assert_close(interests[0, 0], pooled)
+    interests = interests_of(layer, h_BLD, intensity_BL, torch.zeros(1, 5, dtype=torch.int64))
+    torch.testing.assert_close(interests[4, 0], pooled)
 
 
 def test_aggregation_survives_the_longest_history_at_the_steepest_slope() -> None:
@@ -130,7 +141,7 @@ def test_aggregation_survives_the_longest_history_at_the_steepest_slope() -> Non
     h_BLD = torch.arange(history + 1.0).view(1, -1, 1).expand(1, -1, 2)
     category_BL = torch.zeros(1, history + 1, dtype=torch.int64)
     extreme_BL = torch.full((1, history + 1), 10.0)
-    interests = layer(h_BLD, extreme_BL, category_BL, torch.arange(history + 1).unsqueeze(-1))
+    interests = interests_of(layer, h_BLD, extreme_BL, category_BL)
     decay = torch.exp(torch.tensor(-layer.max_slope, dtype=torch.float64)) ** torch.arange(history + 1).flip(0)
     expected = (decay * h_BLD[0, :, 0]).sum() / decay.sum()
     assert torch.isfinite(interests).all()
@@ -142,7 +153,7 @@ def test_autocast_does_not_blur_a_long_history() -> None:
     layer = CategoryAggregation(width=2, categories=1, history=400)
     h_BLD, category_BL = torch.full((1, 400, 2), 1.001), torch.zeros(1, 400, dtype=torch.int64)
     with torch.autocast("cpu", torch.bfloat16):
-        interests = layer(h_BLD, torch.randn(1, 400), category_BL, torch.arange(400).unsqueeze(-1))
+        interests = interests_of(layer, h_BLD, torch.randn(1, 400), category_BL)
     torch.testing.assert_close(interests, torch.full((400, 1, 2), 1.001))
 
 

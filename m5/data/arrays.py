@@ -1,4 +1,4 @@
-"""Index arithmetic of a batch, in NumPy: what rows share, what came last, what belongs to which rank."""
+"""Index arithmetic of a batch, in NumPy: what rows share, what is of one kind, what belongs to which rank."""
 
 from __future__ import annotations
 
@@ -41,24 +41,12 @@ def sorted_by_value(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
     return distinct, counts[distinct], np.argsort(narrow, kind="stable")
 
 
-def latest_of_category(category: np.ndarray, categories: int, position: np.ndarray) -> np.ndarray:
-    """Where each request finds the latest behaviour of each category.
-
-    Args:
-        category: int64 [B, L], -1 outside behaviours.
-        categories: K.
-        position: int64 [P] flat positions of the requests.
-
-    Returns:
-        int64 [P, K] flat positions, -1 where no behaviour of the category comes before the request.
-    """
-    B, L = category.shape
-    place = np.arange(B * L, dtype=np.int32).reshape(B, L)
-    latest = np.empty((B * L, categories), dtype=np.int32)
-    for k in range(categories):
-        own = np.where(category == k, place, np.int32(-1))
-        np.maximum.accumulate(own, axis=1, out=latest[:, k].reshape(B, L))
-    return latest[position].astype(np.int64)
+def by_category(category: np.ndarray, categories: int) -> tuple[np.ndarray, tuple[int, ...]]:
+    """int64 [B, L], -1 outside behaviours -> flat positions of the others sorted by category, and how many each has."""
+    category = category.ravel()
+    inside = np.flatnonzero(category >= 0)
+    _, _, order = sorted_by_value(category[inside])
+    return inside[order], tuple(np.bincount(category[inside], minlength=categories).tolist())
 
 
 def sum_by_rank(value_B: np.ndarray, rank_B: np.ndarray, world_size: int) -> tuple[int, ...]:

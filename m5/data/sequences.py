@@ -16,7 +16,7 @@ from torch import Tensor
 
 from m5.batch import Batch, jagged
 from m5.config import RunConfig
-from m5.data.arrays import columns, distinct_rows, latest_of_category, sorted_by_value, sum_by_rank
+from m5.data.arrays import by_category, columns, distinct_rows, sorted_by_value, sum_by_rank
 from m5.data.draws import Draws
 from m5.model.multi_modal_embedding import MASK, START, UNKNOWN
 from m5.model.multi_scenario_mixing import expert_table_shape
@@ -291,6 +291,7 @@ class BatchBuilder:
         features_J, situation = self._situations(requests, visible)
         sparse |= features_S | features_J
         experts, order, group_sizes = self._experts(visible)
+        category_order, category_sizes = by_category(category, self.n_categories)
         tensors = {
             "title_BL": title,
             "subsidiary_BL": subsidiary,
@@ -298,7 +299,7 @@ class BatchBuilder:
             "history_T": history,
             "length_B": behaviours.length,
             "request_P": requests.position,
-            "latest_PK": latest_of_category(category, self.n_categories, requests.position),
+            "category_T": category_order,
             "situation_P": situation,
             "target_P": requests.target,
             "candidate_C": candidates.title,
@@ -319,6 +320,7 @@ class BatchBuilder:
             ranks_P=draws.ranks_P,
             ranks_Q=draws.ranks_Q,
             longest_slice=draws.longest_slice,
+            category_sizes=category_sizes,
             group_sizes=group_sizes,
             **{key: _tensor(values) for key, values in tensors.items()},
         )

@@ -27,7 +27,7 @@ class TowerOutput(NamedTuple):
 class Scores(NamedTuple):
     """What the loss and the evaluation need; score of request p and candidate c is query_PQ[p] . key_CQ[c].
 
-    `gate_P`, `expert_PA` (per branch) and `interest_PKD` (ID branch) tell the model's health; `h_BLD` feeds the
+    `gate_P`, `expert_PA` (per branch) and `interests` (ID branch) tell the model's health; `h_BLD` feeds the
     masked-language-model loss.
     """
 
@@ -35,8 +35,7 @@ class Scores(NamedTuple):
     key_CQ: Tensor
     gate_P: Tensor
     expert_PA: dict[str, Tensor]
-    interest_PKD: Tensor
-    h_BLD: Tensor
+    interests: Interests
     id_key_CD: Tensor
 
 
@@ -52,7 +51,7 @@ class Tower(nn.Module):
         draw_BL = position_keys(batch.draw_B, e_BLD.shape[1])
         valid_BL = torch.arange(e_BLD.shape[1], device=e_BLD.device) < batch.length_B.unsqueeze(-1)
         interests = self.extraction(
-            e_BLD, embedded.subsidiary, batch.category_BL, valid_BL, batch.request_P, batch.latest_PK, draw_BL
+            e_BLD, embedded.subsidiary, batch.category_BL, valid_BL, batch.by_category, batch.request_P, draw_BL
         )
         mixed = self.mixing(
             interests,
@@ -140,7 +139,6 @@ class M5(nn.Module):
             key_CQ=self.matching.key(embedded.id_key_CD, embedded.cg_key_CD),
             gate_P=gate_P,
             expert_PA={branch: outputs[branch].mixed.gate_PA for branch in self.towers},
-            interest_PKD=outputs["id"].interests.interest_PKD,
-            h_BLD=outputs["id"].interests.h_BLD,
+            interests=outputs["id"].interests,
             id_key_CD=embedded.id_key_CD,
         )

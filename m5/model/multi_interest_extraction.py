@@ -6,7 +6,7 @@
     a_i       = A(s)_i                             intensity, recomputed from the relations within the sequence
     v_{k,j}   = sum_{i <= j, c_i = k} alpha_i h_i  alpha = softmax over those i of (a_i + rho_k i)
 with c_i the behaviour's category and rho_k a learned recency slope. Because a softmax ignores constants, exp(rho_k i)
-is a decay by age that does not depend on the request j, and sums over all prefixes cost O(L).
+is a decay by age that does not depend on the request j. W v is a weighted sum of W h: no interest is ever written out.
 
 Source: Zhao et al., KDD 2023 (layer, categorisation, decoration, identity mapping); US 11,880,376 (reweighting of
 subsidiary features); softmax aggregation, prefixes and recency slope are our decisions.
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from m5.batch import ByCategory
 from m5.model.keyed_dropout import KeyedDropout
 from m5.model.multi_modal_embedding import Subsidiary
 
@@ -113,6 +114,49 @@ class SubsidiaryIntensity(nn.Module):
         return MAX_INTENSITY * torch.tanh(raw_BL / MAX_INTENSITY)
 
 
+class PrefixMeans(NamedTuple):
+    """The interests as weights: behaviour i is in the interest of its category at position j by weight_i share_{j,c_i}.
+
+    So whatever is linear in the interests is one weighted sum over the behaviours, and nobody needs the K vectors that
+    every request has of them.
+
+    Attributes:
+        weight_BL: exp(a_i + rho_k i), up to a constant; 0 outside behaviours.
+        member_BLK: 1 for the behaviour's category.
+        share_BLK: one over the category's weights up to and including each position, 0 where it has no behaviour yet.
+        missing_BLK: 1 where it has none.
+    """
+
+    weight_BL: Tensor
+    member_BLK: Tensor
+    share_BLK: Tensor
+    missing_BLK: Tensor
+
+    def added_up(self, x_BLX: Tensor, default_KX: Tensor) -> Tensor:
+        """float32 [B, L, X]: at every position the sum over categories of the mean of x over the category's behaviours.
+
+        A category without behaviour up to there brings its default. Chunk by chunk: within a chunk one matrix product
+        over its pairs of behaviours; what came before a chunk is one sum per category.
+        """
+        B, L, X = x_BLX.shape
+        chunks, length = chunked(L)
+        pad = chunks * length - L
+
+        # Y chunks, of I behaviours each. The same operators whatever their number, for the compiler and for `m5.plan`.
+        def cut(y_BLZ: Tensor) -> Tensor:
+            return functional.pad(y_BLZ, (0, 0, 0, pad)).view(B * chunks, length, -1)
+
+        x_YIX, member_YIK, share_YIK = cut(x_BLX), cut(self.member_BLK), cut(self.share_BLK)
+        weight_YI1 = cut(self.weight_BL.unsqueeze(-1))
+        before_II = torch.ones(length, length, device=x_BLX.device).tril()
+        weight_YII = torch.bmm(share_YIK, (member_YIK * weight_YI1).mT) * before_II
+        earlier_YKX = _before(torch.bmm((member_YIK * weight_YI1).mT, x_YIX), chunks)
+        share_YIZ = torch.cat([share_YIK, cut(self.missing_BLK)], dim=-1)
+        earlier_YZX = torch.cat([earlier_YKX, default_KX.expand(B * chunks, -1, -1)], dim=1)
+        sum_YIX = torch.baddbmm(torch.bmm(weight_YII, x_YIX), share_YIZ, earlier_YZX)
+        return sum_YIX.view(B, chunks * length, X)[:, :L]
+
+
 class CategoryAggregation(nn.Module):
     """v_{k,j}: one interest per category and prefix, by cumulative softmax sums."""
 
@@ -124,57 +168,22 @@ class CategoryAggregation(nn.Module):
         self.slope = nn.Parameter(torch.full((categories,), -3.0, device=device))
         self.default = nn.Parameter(torch.zeros(categories, width, device=device))
 
-    def forward(self, h_BLD: Tensor, intensity_BL: Tensor, category_BL: Tensor, latest_PK: Tensor) -> Tensor:
-        """Interests at the requests.
-
-        An interest of category k changes at behaviours of category k alone. So every behaviour gets the interest of its
-        own category as it stands with that behaviour, and a request reads those of the latest behaviours.
+    def forward(self, intensity_BL: Tensor, category_BL: Tensor) -> PrefixMeans:
+        """How the behaviours' states make up the interests.
 
         Args:
-            h_BLD: extracted behaviours.
             intensity_BL: float32 intensities.
             category_BL: int64 in 0..K-1, -1 = belongs to no category (start, padding).
-            latest_PK: int64 flat position of the latest behaviour of each category, -1 where there is none.
-
-        Returns:
-            [P, K, D]; the learned default where the prefix has no behaviour of the category.
         """
-        B, L, D = h_BLD.shape
-        # Sums of a whole history: autocast would make its products in bfloat16.
-        with torch.autocast(h_BLD.device.type, enabled=False):
-            interest_BLD = self._running_mean(h_BLD, intensity_BL, category_BL)
-        rows_XD = torch.cat([interest_BLD.reshape(B * L, D), self.default.to(h_BLD.dtype)])
-        default_K = B * L + torch.arange(self.categories, device=h_BLD.device)
-        return functional.embedding(torch.where(latest_PK < 0, default_K, latest_PK), rows_XD)
-
-    def _running_mean(self, h_BLD: Tensor, intensity_BL: Tensor, category_BL: Tensor) -> Tensor:
-        """[B, L, D]: of the behaviours up to and including each one, those of its category, weighed.
-
-        Chunk by chunk: within a chunk one matrix product over its pairs of behaviours; what came before a chunk is
-        one sum per category.
-        """
-        B, L, D = h_BLD.shape
-        chunks, length = chunked(L)
-        pad = chunks * length - L
-        position_L = torch.arange(L, device=h_BLD.device, dtype=torch.float32)
-        slope_K = torch.sigmoid(self.slope.float()) * self.max_slope
-        slope_BL = slope_K.index_select(0, category_BL.clamp(min=0).flatten()).view(B, L)
+        L = category_BL.shape[1]
+        # Counted from the middle: exponents of either sign, so that neither weights nor squares of sums leave float32.
+        position_L = torch.arange(L, device=category_BL.device, dtype=torch.float32) - L / 2
+        member_BLK = functional.one_hot(category_BL + 1, self.categories + 1)[..., 1:].float()
+        slope_BL = (member_BLK * (torch.sigmoid(self.slope.float()) * self.max_slope)).sum(-1)
         weight_BL = torch.exp(intensity_BL + position_L * slope_BL) * (category_BL >= 0)
-        # Y chunks, of I behaviours each. The same operators whatever their number, for the compiler and for `m5.plan`.
-        weight_YI = functional.pad(weight_BL, (0, pad)).view(-1, length)
-        category_YI = functional.pad(category_BL, (0, pad), value=-1).view(-1, length)
-        h_YID = functional.pad(h_BLD, (0, 0, 0, pad)).view(-1, length, D)
-        before_II = torch.ones(length, length, dtype=torch.bool, device=h_BLD.device).tril()
-        pair_YII = before_II & (category_YI.unsqueeze(-1) == category_YI.unsqueeze(-2))
-        weight_YII = weight_YI.unsqueeze(-2) * pair_YII
-        member_YIK = functional.one_hot(category_YI + 1, self.categories + 1)[..., 1:].to(weight_YI.dtype)
-        weight_YKI = (member_YIK * weight_YI.unsqueeze(-1)).mT
-        sum_YID = torch.bmm(weight_YII, h_YID)
-        sum_YID = torch.baddbmm(sum_YID, member_YIK, _before(torch.bmm(weight_YKI, h_YID), chunks))
-        total_YI1 = weight_YII.sum(-1, keepdim=True)
-        total_YI1 = torch.baddbmm(total_YI1, member_YIK, _before(weight_YKI.sum(-1, keepdim=True), chunks))
-        mean_YID = sum_YID / total_YI1.clamp(min=torch.finfo(torch.float32).tiny)
-        return mean_YID.view(B, chunks * length, D)[:, :L]
+        missing_BLK = (member_BLK.cumsum(1) == 0).float()
+        total_BLK = (member_BLK * weight_BL.unsqueeze(-1)).cumsum(1)
+        return PrefixMeans(weight_BL, member_BLK, (1 - missing_BLK) / (total_BLK + missing_BLK), missing_BLK)
 
 
 def chunked(length: int) -> tuple[int, int]:
@@ -194,15 +203,47 @@ class Interests(NamedTuple):
     """What a branch has extracted.
 
     Attributes:
-        interest_PKD: the interest of every category.
+        h_BLD: the extracted behaviours, for the masked-language-model loss too.
+        means: how they make up the interest of every category.
+        default_KD: the learned interest of a category without behaviour.
+        behaviours: by category.
+        request_P: int64 flat positions of the requests.
         latest_PD: the latest behaviour's state, which plays the part of a session interest (it is SASRec's user vector;
             our decision).
-        h_BLD: the extracted behaviours, for the masked-language-model loss.
     """
 
-    interest_PKD: Tensor
-    latest_PD: Tensor
     h_BLD: Tensor
+    means: PrefixMeans
+    default_KD: Tensor
+    behaviours: ByCategory
+    request_P: Tensor
+    latest_PD: Tensor
+
+    def linear(self, weight_XV: Tensor) -> Tensor:
+        """W [v_1 ; ... ; v_K] of every request, W [X, K * D] -> [P, X].
+
+        Behaviours are multiplied with their own category's columns and then averaged, instead of the other way round:
+        one product of width D a behaviour, not K a request.
+        """
+        B, L, D = self.h_BLD.shape
+        own_TD = self.h_BLD.reshape(B * L, D).index_select(0, self.behaviours.order_T)
+        groups = zip(own_TD.split(self.behaviours.sizes), weight_XV.split(D, dim=1), strict=True)
+        own_TX = torch.cat([functional.linear(own_XD, columns_XD) for own_XD, columns_XD in groups])
+        x_BLX = own_TX.new_zeros(B * L, own_TX.shape[1]).index_copy(0, self.behaviours.order_T, own_TX).view(B, L, -1)
+        columns_XKD = weight_XV.unflatten(1, self.default_KD.shape)
+        return self._requested(x_BLX, (columns_XKD * self.default_KD).sum(-1).T).to(own_TX.dtype)
+
+    def each(self) -> Tensor:
+        """float32 [P, K, D]: v_k of every request. Training does without; this is for reports and tests."""
+        K, D = self.default_KD.shape
+        own_BLV = (self.means.member_BLK.unsqueeze(-1) * self.h_BLD.unsqueeze(-2)).flatten(2)
+        return self._requested(own_BLV, torch.block_diag(*self.default_KD.unsqueeze(1))).view(-1, K, D)
+
+    def _requested(self, x_BLX: Tensor, default_KX: Tensor) -> Tensor:
+        # Sums of a whole history: autocast would make its products in bfloat16.
+        with torch.autocast(x_BLX.device.type, enabled=False):
+            sum_BLX = self.means.added_up(x_BLX.float(), default_KX.float())
+        return sum_BLX.flatten(0, 1).index_select(0, self.request_P)
 
 
 class MultiInterestExtraction(nn.Module):
@@ -252,8 +293,8 @@ class MultiInterestExtraction(nn.Module):
         subsidiary: Subsidiary,
         category_BL: Tensor,
         valid_BL: Tensor,
+        behaviours: ByCategory,
         request_P: Tensor,
-        latest_PK: Tensor,
         draw_BL: Tensor | None = None,
     ) -> Interests:
         """Interests of every request.
@@ -263,12 +304,12 @@ class MultiInterestExtraction(nn.Module):
             subsidiary: their subsidiary features.
             category_BL: int64, -1 outside behaviours.
             valid_BL: bool, start and behaviours.
+            behaviours: those of a category, by category.
             request_P: int64 flat positions.
-            latest_PK: int64 flat positions of each category's latest behaviour, -1 where there is none.
             draw_BL: int32 dropout keys of the positions; None in evaluation.
 
         Returns:
-            Interests, in the dtype of the extracted behaviours.
+            Interests.
         """
         B, L, D = e_BLD.shape
         h_BLD = e_BLD
@@ -283,6 +324,7 @@ class MultiInterestExtraction(nn.Module):
             intensity_BL = self.intensity(subsidiary, valid_BL)
         else:
             intensity_BL = torch.zeros(B, L, device=e_BLD.device)
-        interest_PKD = self.aggregation(h_BLD.float(), intensity_BL, category_BL, latest_PK)
+        with torch.autocast(h_BLD.device.type, enabled=False):
+            means = self.aggregation(intensity_BL, category_BL)
         latest_PD = h_BLD.reshape(B * L, D).index_select(0, request_P)
-        return Interests(interest_PKD.to(h_BLD.dtype), latest_PD, h_BLD)
+        return Interests(h_BLD, means, self.aggregation.default, behaviours, request_P, latest_PD)

@@ -294,13 +294,12 @@ class MultiScenarioMixing(nn.Module):
 
         `draw_P` are the int32 dropout keys of the requests; None in evaluation.
         """
-        interest_PX = interests.interest_PKD.flatten(1)
         crossed_JZ = self.crossing(situations.feature_JFD, situations.scenario_JMD)
         # W z without ever joining z: every part meets its own columns of W.
-        widths = [part.shape[1] for part in (interest_PX, interests.latest_PD, crossed_JZ)]
+        widths = [interests.default_KD.numel(), interests.latest_PD.shape[1], crossed_JZ.shape[1]]
         of_interest_IX, of_latest_ID, of_situation_IZ = self.bottom.weight.split(widths, dim=1)
         bottom_PI = situations.each(functional.linear(crossed_JZ, of_situation_IZ, self.bottom.bias))
-        bottom_PI = bottom_PI + functional.linear(interest_PX, of_interest_IX)
+        bottom_PI = bottom_PI + interests.linear(of_interest_IX)
         bottom_PI = bottom_PI + functional.linear(interests.latest_PD, of_latest_ID)
         x_PI = self.dropout(functional.gelu(bottom_PI), draw_P)
         if isinstance(self.mixture, SplitMixture):

@@ -107,8 +107,9 @@ def operations(model: M5, load: Load, config: RunConfig) -> float:
         if isinstance(module, nn.Linear):
             total += 6 * module.out_features * _inputs(name, module, sizes, settings.width, shared)
         elif isinstance(module, CategoryAggregation):
-            # Pairs within chunks, and for every position what came before its chunk.
-            total += 6 * settings.width * (sizes.pairs + 2 * sizes.positions * module.categories)
+            # Pairs within chunks, and what came before a position's chunk; in mixing's width (see `Interests`).
+            earlier = 3 * sizes.positions * module.categories
+            total += 6 * (settings.mixing_width * (sizes.pairs + earlier) + module.categories * sizes.pairs)
     branches = 2 if settings.content else 1
     if model.experts is not None:
         scenarios = len(model.experts.embedding_configs()) // branches
@@ -134,6 +135,8 @@ def _inputs(name: str, module: nn.Linear, sizes: Sizes, width: int, shared: dict
         return columns * sizes.positions
     if "crossing" in name or name.startswith("matching"):
         return columns * sizes.situations
+    if name.endswith("bottom"):  # a behaviour meets its own category's columns, see `Interests.linear`
+        return width * (sizes.behaviours + sizes.requests) + shared[name] * sizes.situations
     of_situation = shared.get(name, 0)
     return (columns - of_situation) * sizes.requests + of_situation * sizes.situations
 

@@ -309,4 +309,4 @@ def measure(model: M5, batch: Batch, *, autocast: bool) -> Measured:
 
 
 def _outputs(scores: Scores) -> list[Tensor]:
-    return [tensor for tensor in (scores.query_PQ, scores.key_CQ, scores.h_BLD) if tensor.requires_grad]
+    return [tensor for tensor in (scores.query_PQ, scores.key_CQ, scores.interests.h_BLD) if tensor.requires_grad]
