@@ -74,6 +74,12 @@ class Rates:
         size = COPIED[device.type]
         return cls(gemm, 2 * size / statistics.median(harness.copy_seconds(device, size, repeats)))
 
+    @classmethod
+    def usual(cls, rates: list[Rates]) -> Rates:
+        """Medians of several measurements."""
+        gemm = {kind: statistics.median(one.gemm[kind] for one in rates) for kind in rates[0].gemm}
+        return cls(gemm, statistics.median(one.copy for one in rates))
+
     def floor(self, work: Work) -> float:
         """Seconds."""
         return work.operations / self.gemm[work.precision] + work.bytes / self.copy
@@ -139,15 +145,13 @@ def on_one_rank(place: World, job: Job) -> Found:
         stepper.step(batch, 0.1)
     steps: list[float] = []
     parts: dict[str, list[float]] = {name: [] for name in MEMBERS}
+    rates: list[Rates] = []
     for _ in range(job.rounds):
-        # The same batches plain and split, in turns.
+        # The machine's rates, and the same batches plain and split, in turns.
+        rates.append(Rates.measured(place.device, repeats=3))
         steps.append(harness.seconds(lambda: [stepper.step(batch, 0.1) for batch in batches]) / len(batches))
         found = split(stepper, batches)
-        for name, members in {
-            "dense": (DENSE, BACKWARD),
-            "softmax": (LOSS,),
-            "lookup": (INPUT, LOOKUP, UPDATE),
-        }.items():
+        for name, members in MEMBERS.items():
             parts[name].append(sum(found[member] for member in members) / len(batches))
     each = [work_of(batch, dataset, job, place.device) for batch in batches]
     work = {
@@ -158,7 +162,7 @@ def on_one_rank(place: World, job: Job) -> Found:
         )
         for name in parts
     }
-    return Found(Rates.measured(place.device, repeats=max(3, job.rounds)), work, steps, parts)
+    return Found(Rates.usual(rates), work, steps, parts)
 
 
 def measure(options: argparse.Namespace) -> Report:

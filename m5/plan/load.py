@@ -90,8 +90,8 @@ def rank_load(dataset: Dataset, inputs: Inputs, config: RunConfig, world_size: i
 def operations(model: M5, load: Load, config: RunConfig) -> float:
     """Floating-point operations of a rank's step, forward and backward: matrix products alone, so a rough count.
 
-    A weight costs 6 a row: 2 forward, 4 backward. The candidate softmax makes three products of the queries of all
-    ranks with the rank's slice.
+    A weight costs 6 a row: 2 forward, 4 backward, of which frozen content vectors need but 2. The candidate softmax
+    makes three products of the queries of all ranks with the rank's slice.
     """
     sizes, settings = load.sizes, config.model
     total = attention_operations(model, load, config)
@@ -105,7 +105,8 @@ def operations(model: M5, load: Load, config: RunConfig) -> float:
             shared[f"towers.{branch}.mixing.mixture.gate"] = gate.in_features - settings.mixing_width
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            total += 6 * module.out_features * _inputs(name, module, sizes, settings.width, shared)
+            each = 4 if name == "embedding.content.hidden" else 6
+            total += each * module.out_features * _inputs(name, module, sizes, settings.width, shared)
         elif isinstance(module, CategoryAggregation):
             # Pairs within chunks, and what came before a position's chunk; in mixing's width (see `Interests`).
             earlier = 3 * sizes.positions * module.categories
