@@ -15,7 +15,8 @@ a single `Expert` (scenario-blind).
 
 Source: Zhao et al., KDD 2023 (the layer and SMoE by name); internals are our decisions. MMoE: Ma et al., KDD 2018,
 doi 10.1145/3219819.3220007. Dimension legend in `m5.batch`; A active experts, I width of x, H hidden width of an
-expert, V scenario values, R = I + 1 + D rows of width H that hold one expert (in a table, rows of `expert_table_shape`).
+expert, V scenario values, R = I + 1 + D rows of width H that hold one expert (in its table they are cut otherwise, see
+`expert_table_shape`).
 """
 
 from __future__ import annotations
