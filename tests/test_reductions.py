@@ -176,8 +176,8 @@ def test_owned_experts_cost_the_same_however_many_requests_share_them() -> None:
         experts = OwnedExperts(torch.randn(values, rows, HIDDEN), torch.randperm(6), (6 // values,) * values)
         return flops(split, [experts]) - flops(blind, [])
 
-    # Its expert's two products, and its column of the gate's.
-    assert of_values(1) == of_values(3) == of_values(6) == 6 * 2 * (HIDDEN * (INPUT + WIDTH) + INPUT)
+    # Its expert's two products, the bias among the first one's rows, and its column of the gate's.
+    assert of_values(1) == of_values(3) == of_values(6) == 6 * 2 * (HIDDEN * (INPUT + 1 + WIDTH) + INPUT)
 
 
 def test_cost_of_a_batch_does_not_grow_with_the_number_of_scenario_values(

@@ -21,6 +21,7 @@ expert, V scenario values, R = I + 1 + D rows of width H that hold one expert (i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -126,54 +127,46 @@ class _OwnedExperts(torch.autograd.Function):
     """g_p W_2 gelu(W_1 x_p + b) with the expert of each request's value; in value order inside, request order outside.
 
     Every expert multiplies its requests alone. One function, because autograd would keep and copy each group apart.
+    x_PJ is x with a one behind it, J = I + 1, which meets b: in an expert b is the row after W_1.
     """
 
     @staticmethod
-    def forward(ctx, x_PI, gate_P, weight_URH, order_P, sizes):
-        P, width, output_width = len(x_PI), weight_URH.shape[2], weight_URH.shape[1] - x_PI.shape[1] - 1
-        x_PI, gate_P1 = x_PI.index_select(0, order_P), gate_P.index_select(0, order_P).unsqueeze(-1)
-        hidden_PH, output_PD = x_PI.new_empty(P, width), x_PI.new_empty(P, output_width)
-        groups = list(_groups(weight_URH, sizes, x_PI.shape[1]))
-        for rows, (first_IH, bias_1H, _) in groups:
-            torch.addmm(bias_1H, x_PI[rows], first_IH, out=hidden_PH[rows])
+    def forward(ctx, x_PJ, gate_P, weight_URH, order_P, sizes):
+        x_PJ, gate_P1 = x_PJ.index_select(0, order_P), gate_P.index_select(0, order_P).unsqueeze(-1)
+        first_UJH, second_UDH = weight_URH.tensor_split([x_PJ.shape[1]], dim=1)
+        hidden_PH = x_PJ.new_empty(len(x_PJ), first_UJH.shape[2])
+        output_PD = x_PJ.new_empty(len(x_PJ), second_UDH.shape[1])
+        _multiply(x_PJ.split(sizes), first_UJH, hidden_PH.split(sizes))
         active_PH = functional.gelu(hidden_PH)
-        weighed_PH = active_PH * gate_P1
-        for rows, (_, _, second_DH) in groups:
-            torch.mm(weighed_PH[rows], second_DH.T, out=output_PD[rows])
-        ctx.save_for_backward(x_PI, gate_P1, weight_URH, order_P, hidden_PH, active_PH)
+        _multiply((active_PH * gate_P1).split(sizes), second_UDH.mT, output_PD.split(sizes))
+        ctx.save_for_backward(x_PJ, gate_P1, weight_URH, order_P, hidden_PH, active_PH)
         ctx.sizes = sizes
         return torch.empty_like(output_PD).index_copy_(0, order_P, output_PD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_PD):
-        x_PI, gate_P1, weight_URH, order_P, hidden_PH, active_PH = ctx.saved_tensors
+        x_PJ, gate_P1, weight_URH, order_P, hidden_PH, active_PH = ctx.saved_tensors
+        sizes, inputs = ctx.sizes, [x_PJ.shape[1]]
         grad_PD = grad_PD.index_select(0, order_P)
-        grad_URH, back_PH, grad_PI = torch.empty_like(weight_URH), torch.empty_like(hidden_PH), torch.empty_like(x_PI)
-        weighed_PH = active_PH * gate_P1
-        input_width = x_PI.shape[1]
-        groups = list(_groups(weight_URH, ctx.sizes, input_width))
-        grads = list(_groups(grad_URH, ctx.sizes, input_width))
-        for (rows, (_, _, second_DH)), (_, (_, _, grad_DH)) in zip(groups, grads, strict=True):
-            torch.mm(grad_PD[rows], second_DH, out=back_PH[rows])
-            torch.mm(grad_PD[rows].T, weighed_PH[rows], out=grad_DH)
+        grad_URH, back_PH, grad_PJ = torch.empty_like(weight_URH), torch.empty_like(hidden_PH), torch.empty_like(x_PJ)
+        (first_UJH, second_UDH), (grad_UJH, grad_UDH) = (
+            experts.tensor_split(inputs, dim=1) for experts in (weight_URH, grad_URH)
+        )
+        _multiply(grad_PD.split(sizes), second_UDH, back_PH.split(sizes))
+        _multiply(grad_PD.T.split(sizes, dim=1), (active_PH * gate_P1).split(sizes), grad_UDH)
         grad_gate_P = (back_PH * active_PH).sum(-1)
         back_PH = torch.ops.aten.gelu_backward(back_PH.mul_(gate_P1), hidden_PH)
-        for (rows, (first_IH, _, _)), (_, (grad_IH, grad_1H, _)) in zip(groups, grads, strict=True):
-            torch.mm(back_PH[rows], first_IH.T, out=grad_PI[rows])
-            torch.mm(x_PI[rows].T, back_PH[rows], out=grad_IH)
-            torch.sum(back_PH[rows], 0, keepdim=True, out=grad_1H)
-        in_order_PI = torch.empty_like(grad_PI).index_copy_(0, order_P, grad_PI)
-        return in_order_PI, torch.empty_like(grad_gate_P).index_copy_(0, order_P, grad_gate_P), grad_URH, None, None
+        _multiply(back_PH.split(sizes), first_UJH.mT, grad_PJ.split(sizes))
+        _multiply(x_PJ.T.split(sizes, dim=1), back_PH.split(sizes), grad_UJH)
+        in_order_PJ = torch.empty_like(grad_PJ).index_copy_(0, order_P, grad_PJ)
+        return in_order_PJ, torch.empty_like(grad_gate_P).index_copy_(0, order_P, grad_gate_P), grad_URH, None, None
 
 
-def _groups(weight_URH: Tensor, sizes: tuple[int, ...], input_width: int):
-    """For every value that occurs: the rows of its requests, and W_1 [I, H], bias [1, H] and W_2^T [D, H]."""
-    first = 0
-    for size, weight_RH in zip(sizes, weight_URH.unbind(0), strict=True):
-        parts = weight_RH[:input_width], weight_RH[input_width : input_width + 1], weight_RH[input_width + 1 :]
-        yield slice(first, first + size), parts
-        first += size
+def _multiply(lefts: Iterable[Tensor], rights: Iterable[Tensor], products: Iterable[Tensor]) -> None:
+    """A matrix product each, into place."""
+    for left, right, product in zip(lefts, rights, products, strict=True):
+        torch.mm(left, right, out=product)
 
 
 class SplitMixture(nn.Module):
@@ -206,9 +199,10 @@ class SplitMixture(nn.Module):
         # All in the precision of x, which autocast may have lowered.
         weight_PA = gate_PA.to(x_PI.dtype)
         user_PD = self._shared(x_PI, weight_PA[:, : len(self.shared)])
+        x_PJ = functional.pad(x_PI, (0, 1), value=1.0) if owned else x_PI
         for m, experts in enumerate(owned):
             weight_URH, gate_P = experts.weight_URH.to(x_PI.dtype), weight_PA[:, len(self.shared) + m]
-            user_PD = user_PD + _OwnedExperts.apply(x_PI, gate_P, weight_URH, experts.order_P, experts.sizes)
+            user_PD = user_PD + _OwnedExperts.apply(x_PJ, gate_P, weight_URH, experts.order_P, experts.sizes)
         return Mixed(user_PD, gate_PA)
 
     def _shared(self, x_PI: Tensor, weight_PE: Tensor) -> Tensor:

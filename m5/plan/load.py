@@ -114,7 +114,7 @@ def operations(model: M5, load: Load, config: RunConfig) -> float:
     branches = 2 if settings.content else 1
     if model.experts is not None:
         scenarios = len(model.experts.embedding_configs()) // branches
-        per_request = settings.expert_hidden * (settings.mixing_width + settings.width)
+        per_request = settings.expert_hidden * (settings.mixing_width + 1 + settings.width)
         total += 6 * sizes.requests * branches * scenarios * per_request
     key = settings.width * branches
     return total + 6 * load.negatives * (load.everywhere * key + load.masked_everywhere * settings.width)
