@@ -120,7 +120,9 @@ ShardingType = Literal["row_wise", "table_wise", "column_wise"]
 
 class ShardingConfig(_Section):
     default: Literal["auto", "row_wise", "table_wise", "column_wise"] = Field(
-        "auto", description="How tables are cut. auto: row-wise on CPU; on CUDA TorchRec's planner chooses per table."
+        "auto",
+        description="How tables are cut. auto: not at all on one rank; row-wise on CPU; on CUDA TorchRec's planner "
+        "chooses per table.",
     )
     tables: dict[str, ShardingType] = Field(
         {},

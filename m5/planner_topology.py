@@ -19,6 +19,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 # tables are for those who ask: row-wise Adagrad then keeps a sum of squares for every part of a row, so that training
 # depends on the cut and a checkpoint fits no other.
 SHARDING_TYPES = {"cpu": ("row_wise",), "cuda": ("row_wise", "table_wise")}
+ALONE = ("table_wise",)  # one rank has nothing to cut, and row-wise tables would have it reorder all rows all the same
 OPTIMIZER_BYTES_PER_ROW = 4  # row-wise Adagrad: one float32 a row of a shard
 
 
@@ -103,11 +104,12 @@ def make_planner(
     Args:
         lookups: values that a rank looks up in a step, by feature name; a feature that is absent counts as one. They
             weigh communication and computation of the candidate placements.
-        sharding: allowed sharding types by table; the device's SHARDING_TYPES for tables that are absent.
+        sharding: allowed sharding types by table; for tables that are absent SHARDING_TYPES of the device, or ALONE.
     """
+    usual = SHARDING_TYPES[machines.device] if machines.world_size > 1 else ALONE
     constraints = {
         table.name: ParameterConstraints(
-            sharding_types=list((sharding or {}).get(table.name, SHARDING_TYPES[machines.device])),
+            sharding_types=list((sharding or {}).get(table.name, usual)),
             compute_kernels=["fused"],
             pooling_factors=[float(lookups.get(name, 1.0)) for name in table.feature_names],
         )
