@@ -29,7 +29,7 @@ from m5.model.weighted_candidate_matching import WeightedCandidateMatching
 from m5.schema import ContentKind, DataError, PreparedDataset
 
 RESIDUAL_OUTPUTS = ("attention_output", "perceptron_output", "decoration")
-NUMBERS_PER_SEED = 2**22  # of a table, drawn from one random stream; see `initial_rows`
+NUMBERS_PER_SEED = 2**20  # of a table, drawn from one random stream; see `initial_rows`
 
 
 def content_vectors(dataset: PreparedDataset, kinds: tuple[ContentKind, ...]) -> Tensor | None:

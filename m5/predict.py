@@ -15,7 +15,7 @@ from m5.best import load_weights, refuse_other_content
 from m5.config import RunConfig
 from m5.data.sequences import BatchBuilder
 from m5.model.m5 import M5, Scores
-from m5.schema import PreparedDataset
+from m5.schema import DataError, PreparedDataset
 
 # Per forward pass. On a CPU what its caches hold: at history 100, 64 sequences take a quarter less time each than 256.
 CPU_SEQUENCES, GPU_SEQUENCES = 64, 256
@@ -42,7 +42,7 @@ class Predictor:
 
         Raises:
             ConfigError: RUN is no run.
-            DataError: it has no checkpoint, or was trained on another dataset.
+            DataError: it has no checkpoint, or was trained on another dataset or by another version of the model.
         """
         config = RunConfig.read(Path(run) / "config.yaml")
         dataset = PreparedDataset(config.data)
@@ -50,7 +50,10 @@ class Predictor:
         weights = load_weights(Path(run), dataset.manifest)
         refuse_other_content(Path(run), dataset, config.model.content)
         model = build_model(dataset, config)
-        model.load_state_dict(weights)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise DataError(f"{run} was trained by another version of the model: train it again.") from error
         return cls(model.to(target), BatchBuilder(dataset, config), config, target)
 
     def update(self, state: dict[str, Tensor]) -> None:

@@ -260,11 +260,7 @@ class BatchBuilder:
         )
 
     def assemble(
-        self,
-        behaviours: Behaviours,
-        requests: Requests,
-        draws: Draws | None,
-        catalogue: bool = False,
+        self, behaviours: Behaviours, requests: Requests, draws: Draws | None, catalogue: bool = False
     ) -> Batch:
         """Behaviours and requests as indices -> Batch; without draws for evaluation. `catalogue` explains the last."""
         B, L = behaviours.title.shape

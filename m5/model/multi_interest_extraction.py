@@ -235,9 +235,12 @@ class Interests(NamedTuple):
 
     def each(self) -> Tensor:
         """float32 [P, K, D]: v_k of every request. Training does without; this is for reports and tests."""
-        K, D = self.default_KD.shape
-        own_BLV = (self.means.member_BLK.unsqueeze(-1) * self.h_BLD.unsqueeze(-2)).flatten(2)
-        return self._requested(own_BLV, torch.block_diag(*self.default_KD.unsqueeze(1))).view(-1, K, D)
+        of_each = []
+        for k, member_BL1 in enumerate(self.means.member_BLK.split(1, dim=-1)):
+            default_KD = torch.zeros_like(self.default_KD)
+            default_KD[k] = self.default_KD[k]
+            of_each.append(self._requested(member_BL1 * self.h_BLD, default_KD))
+        return torch.stack(of_each, dim=1)
 
     def _requested(self, x_BLX: Tensor, default_KX: Tensor) -> Tensor:
         # Sums of a whole history: autocast would make its products in bfloat16.

@@ -34,7 +34,7 @@ from m5.model.keyed_dropout import KeyedDropout
 from m5.model.multi_interest_extraction import Interests
 from m5.model.multi_modal_embedding import Situations
 
-EXPERT_ROW = (512, 2048)  # numbers in a row of a table of experts; FBGEMM's GPU kernels take no more than 2,048
+EXPERT_ROW = (512, 2048)  # least and most numbers in a row of a table of experts
 
 
 class Mixed(NamedTuple):
@@ -53,13 +53,14 @@ def expert_table_shape(*, input_width: int, hidden: int, output_width: int) -> t
     """Rows of an expert's table that hold one expert, and their width: its R x H numbers one after the other.
 
     A lookup and its update cost FBGEMM about as much for a narrow row as for a wide one, so rows are made some hundred
-    numbers wide (on a CPU the update of 63 experts takes a third of the time that rows of width H take). The width is
-    a multiple of 4 that divides R x H, or H where there is none.
+    numbers wide (on a CPU the update of 63 experts takes a third of the time that rows of width H = 128 take). The
+    width is the least in EXPERT_ROW that divides R x H and by 4, or H where there is none. Row-wise Adagrad keeps one
+    sum of squares for such a row.
     """
-    rows = expert_rows(input_width, output_width)
-    widths = (4 * rows * part for part in range(1, hidden // 4 + 1) if hidden // 4 % part == 0)
-    width = next((width for width in widths if EXPERT_ROW[0] <= width <= EXPERT_ROW[1]), hidden)
-    return rows * hidden // width, width
+    numbers = expert_rows(input_width, output_width) * hidden
+    least, most = EXPERT_ROW
+    width = next((width for width in range(least, most + 1, 4) if numbers % width == 0), hidden)
+    return numbers // width, width
 
 
 def expert_tables(
@@ -131,8 +132,12 @@ class _OwnedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_PJ, gate_P, weight_URH, order_P, sizes):
-        x_PJ, gate_P1 = x_PJ.index_select(0, order_P), gate_P.index_select(0, order_P).unsqueeze(-1)
+    def forward(ctx, x_PI, gate_P, weight_URH, order_P, sizes):
+        P, input_width = x_PI.shape
+        # A few columns more than are used keep the rows aligned, which matrix products like.
+        x_PJ = x_PI.new_ones(P, input_width + 8)[:, : input_width + 1]
+        x_PJ[:, :-1] = x_PI.index_select(0, order_P)
+        gate_P1 = gate_P.index_select(0, order_P).unsqueeze(-1)
         first_UJH, second_UDH = weight_URH.tensor_split([x_PJ.shape[1]], dim=1)
         hidden_PH = x_PJ.new_empty(len(x_PJ), first_UJH.shape[2])
         output_PD = x_PJ.new_empty(len(x_PJ), second_UDH.shape[1])
@@ -147,20 +152,21 @@ class _OwnedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_PD):
         x_PJ, gate_P1, weight_URH, order_P, hidden_PH, active_PH = ctx.saved_tensors
-        sizes, inputs = ctx.sizes, [x_PJ.shape[1]]
+        sizes, inputs = ctx.sizes, x_PJ.shape[1]
         grad_PD = grad_PD.index_select(0, order_P)
-        grad_URH, back_PH, grad_PJ = torch.empty_like(weight_URH), torch.empty_like(hidden_PH), torch.empty_like(x_PJ)
+        grad_URH, back_PH = torch.empty_like(weight_URH), torch.empty_like(hidden_PH)
+        grad_PI = x_PJ.new_empty(len(x_PJ), inputs - 1)
         (first_UJH, second_UDH), (grad_UJH, grad_UDH) = (
-            experts.tensor_split(inputs, dim=1) for experts in (weight_URH, grad_URH)
+            experts.tensor_split([inputs], dim=1) for experts in (weight_URH, grad_URH)
         )
         _multiply(grad_PD.split(sizes), second_UDH, back_PH.split(sizes))
         _multiply(grad_PD.T.split(sizes, dim=1), (active_PH * gate_P1).split(sizes), grad_UDH)
         grad_gate_P = (back_PH * active_PH).sum(-1)
         back_PH = torch.ops.aten.gelu_backward(back_PH.mul_(gate_P1), hidden_PH)
-        _multiply(back_PH.split(sizes), first_UJH.mT, grad_PJ.split(sizes))
+        _multiply(back_PH.split(sizes), first_UJH[:, :-1].mT, grad_PI.split(sizes))
         _multiply(x_PJ.T.split(sizes, dim=1), back_PH.split(sizes), grad_UJH)
-        in_order_PJ = torch.empty_like(grad_PJ).index_copy_(0, order_P, grad_PJ)
-        return in_order_PJ, torch.empty_like(grad_gate_P).index_copy_(0, order_P, grad_gate_P), grad_URH, None, None
+        in_order_PI = torch.empty_like(grad_PI).index_copy_(0, order_P, grad_PI)
+        return in_order_PI, torch.empty_like(grad_gate_P).index_copy_(0, order_P, grad_gate_P), grad_URH, None, None
 
 
 def _multiply(lefts: Iterable[Tensor], rights: Iterable[Tensor], products: Iterable[Tensor]) -> None:
@@ -199,10 +205,9 @@ class SplitMixture(nn.Module):
         # All in the precision of x, which autocast may have lowered.
         weight_PA = gate_PA.to(x_PI.dtype)
         user_PD = self._shared(x_PI, weight_PA[:, : len(self.shared)])
-        x_PJ = functional.pad(x_PI, (0, 1), value=1.0) if owned else x_PI
         for m, experts in enumerate(owned):
             weight_URH, gate_P = experts.weight_URH.to(x_PI.dtype), weight_PA[:, len(self.shared) + m]
-            user_PD = user_PD + _OwnedExperts.apply(x_PJ, gate_P, weight_URH, experts.order_P, experts.sizes)
+            user_PD = user_PD + _OwnedExperts.apply(x_PI, gate_P, weight_URH, experts.order_P, experts.sizes)
         return Mixed(user_PD, gate_PA)
 
     def _shared(self, x_PI: Tensor, weight_PE: Tensor) -> Tensor:

@@ -90,8 +90,8 @@ def rank_load(dataset: Dataset, inputs: Inputs, config: RunConfig, world_size: i
 def operations(model: M5, load: Load, config: RunConfig) -> float:
     """Floating-point operations of a rank's step, forward and backward: matrix products alone, so a rough count.
 
-    A weight costs 6 a row: 2 forward, 4 backward, of which frozen content vectors need but 2. The candidate softmax
-    makes three products of the queries of all ranks with the rank's slice.
+    A weight costs 6 a row: 2 forward, 4 backward; 4 in all where the input is frozen, as content vectors are. The
+    candidate softmax makes three products of the queries of all ranks with the rank's slice.
     """
     sizes, settings = load.sizes, config.model
     total = attention_operations(model, load, config)
