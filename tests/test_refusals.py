@@ -69,6 +69,17 @@ def test_a_run_is_not_read_beside_other_content_vectors(tmp_path: Path) -> None:
         Predictor.load(tmp_path / "run")
 
 
+def test_a_run_of_another_model_is_told(tmp_path: Path) -> None:
+    write_world(tmp_path / "data")
+    train(tiny_config(tmp_path / "data", tmp_path / "run", "training.epochs=1"))
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text()
+    assert "expert_hidden: 8\n" in text
+    config.write_text(text.replace("expert_hidden: 8\n", "expert_hidden: 16\n"))
+    with pytest.raises(DataError, match="another version of the model"):
+        Predictor.load(tmp_path / "run")
+
+
 def test_damaged_records_are_told(tmp_path: Path) -> None:
     write_world(tmp_path / "data")
     (tmp_path / "data" / "manifest.json").write_text("{")
