@@ -115,20 +115,18 @@ class SubsidiaryIntensity(nn.Module):
 
 
 class PrefixMeans(NamedTuple):
-    """The interests as weights: behaviour i is in the interest of its category at position j by weight_i share_{j,c_i}.
+    """The interests as weights: behaviour i is in the interest of category k at position j by weight_{i,k} share_{j,k}.
 
     So whatever is linear in the interests is one weighted sum over the behaviours, and nobody needs the K vectors that
     every request has of them.
 
     Attributes:
-        weight_BL: exp(a_i + rho_k i), up to a constant; 0 outside behaviours.
-        member_BLK: 1 for the behaviour's category.
+        weight_BLK: exp(a_i + rho_k i), up to a constant; 0 for all but the behaviour's own category.
         share_BLK: one over the category's weights up to and including each position, 0 where it has no behaviour yet.
         missing_BLK: 1 where it has none.
     """
 
-    weight_BL: Tensor
-    member_BLK: Tensor
+    weight_BLK: Tensor
     share_BLK: Tensor
     missing_BLK: Tensor
 
@@ -146,11 +144,10 @@ class PrefixMeans(NamedTuple):
         def cut(y_BLZ: Tensor) -> Tensor:
             return functional.pad(y_BLZ, (0, 0, 0, pad)).view(B * chunks, length, -1)
 
-        x_YIX, member_YIK, share_YIK = cut(x_BLX), cut(self.member_BLK), cut(self.share_BLK)
-        weight_YI1 = cut(self.weight_BL.unsqueeze(-1))
+        x_YIX, weight_YKI, share_YIK = cut(x_BLX), cut(self.weight_BLK).mT, cut(self.share_BLK)
         before_II = torch.ones(length, length, device=x_BLX.device).tril()
-        weight_YII = torch.bmm(share_YIK, (member_YIK * weight_YI1).mT) * before_II
-        earlier_YKX = _before(torch.bmm((member_YIK * weight_YI1).mT, x_YIX), chunks)
+        weight_YII = torch.bmm(share_YIK, weight_YKI) * before_II
+        earlier_YKX = _before(torch.bmm(weight_YKI, x_YIX), chunks)
         share_YIZ = torch.cat([share_YIK, cut(self.missing_BLK)], dim=-1)
         earlier_YZX = torch.cat([earlier_YKX, default_KX.expand(B * chunks, -1, -1)], dim=1)
         sum_YIX = torch.baddbmm(torch.bmm(weight_YII, x_YIX), share_YIZ, earlier_YZX)
@@ -180,10 +177,10 @@ class CategoryAggregation(nn.Module):
         position_L = torch.arange(L, device=category_BL.device, dtype=torch.float32) - L / 2
         member_BLK = functional.one_hot(category_BL + 1, self.categories + 1)[..., 1:].float()
         slope_BL = (member_BLK * (torch.sigmoid(self.slope.float()) * self.max_slope)).sum(-1)
-        weight_BL = torch.exp(intensity_BL + position_L * slope_BL) * (category_BL >= 0)
+        weight_BLK = member_BLK * torch.exp(intensity_BL + position_L * slope_BL).unsqueeze(-1)
         missing_BLK = (member_BLK.cumsum(1) == 0).float()
-        total_BLK = (member_BLK * weight_BL.unsqueeze(-1)).cumsum(1)
-        return PrefixMeans(weight_BL, member_BLK, (1 - missing_BLK) / (total_BLK + missing_BLK), missing_BLK)
+        share_BLK = (1 - missing_BLK) / (weight_BLK.cumsum(1) + missing_BLK)
+        return PrefixMeans(weight_BLK, share_BLK, missing_BLK)
 
 
 def chunked(length: int) -> tuple[int, int]:
@@ -236,7 +233,7 @@ class Interests(NamedTuple):
     def each(self) -> Tensor:
         """float32 [P, K, D]: v_k of every request. Training does without; this is for reports and tests."""
         of_each = []
-        for k, member_BL1 in enumerate(self.means.member_BLK.split(1, dim=-1)):
+        for k, member_BL1 in enumerate((self.means.weight_BLK > 0).split(1, dim=-1)):
             default_KD = torch.zeros_like(self.default_KD)
             default_KD[k] = self.default_KD[k]
             of_each.append(self._requested(member_BL1 * self.h_BLD, default_KD))

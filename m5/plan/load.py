@@ -80,8 +80,9 @@ def rank_load(dataset: Dataset, inputs: Inputs, config: RunConfig, world_size: i
     lookups = {"history": positions, "candidates": negatives + own}
     lookups |= dict.fromkeys(of_behaviours, combinations) | dict.fromkeys(of_requests, situations)
     if smoe:
-        shape = {"input_width": model.mixing_width, "hidden": model.expert_hidden, "output_width": model.width}
-        rows, _ = expert_table_shape(**shape)
+        rows, _ = expert_table_shape(
+            input_width=model.mixing_width, hidden=model.expert_hidden, output_width=model.width
+        )
         for branch in ("id", "cg") if model.content else ("id",):
             lookups |= {f"{branch}_{key.removeprefix('scenario_')}": n * rows for key, n in present.items()}
     return Load(sizes, columns, everywhere, masked_everywhere, negatives, 2 + len(dataset.scenarios), lookups)
