@@ -7,7 +7,6 @@ stalled, 130 Ctrl-C, 143 SIGTERM; training saves where it is before it leaves wi
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import shutil
 import sys
@@ -16,23 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from m5.library_warnings import silence_known
+from m5.mistakes import explain
 
 Command = Callable[[argparse.Namespace], int | None]
-
-
-# Errors of the file system that the user can do something about.
-REMEDIES = {
-    errno.ENOSPC: "The disk is full: what was being written has replaced nothing. Free some space, then run it again.",
-    errno.EDQUOT: "Your disk quota is used up: what was being written has replaced nothing. Free some space.",
-    errno.ENOENT: "Check the path.",
-    errno.EACCES: "Check the permissions, or choose another path.",
-    errno.EPERM: "Check the permissions, or choose another path.",
-    errno.ENAMETOOLONG: "Choose a shorter path.",
-    errno.ESTALE: "The network file system has lost that file; mount it again.",
-    errno.EROFS: "That file system is read-only; choose another path.",
-    errno.ENOTDIR: "Part of that path is a file; check the path.",
-    errno.EISDIR: "That is a folder, and a file is expected.",
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,24 +38,6 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"m5: {explanation}", file=sys.stderr)
         return 2
-
-
-def explain(error: Exception) -> str | None:
-    """The paragraph for a mistake of the user's or a full disk; None for anything else."""
-    from m5.config import ConfigError
-    from m5.schema import DataError
-
-    if isinstance(error, DataError | ConfigError):
-        return str(error)
-    number = error.errno if isinstance(error, OSError) else None
-    # Arrow, safetensors and torch wrap the system's error and keep only its words.
-    if number is None and "No space left on device" in str(error):
-        number = errno.ENOSPC
-    if number not in REMEDIES:
-        return None
-    words = str(error) if not isinstance(error, OSError) or error.strerror is None else error.strerror
-    name = getattr(error, "filename", None)
-    return f"{f'{name}: ' if name else ''}{words.rstrip('.')}. {REMEDIES[number]}"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -101,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recommend(commands)
     _add_demo(commands)
     _add_bench(commands)
+    _add_tune(commands)
     return parser
 
 
@@ -341,7 +309,8 @@ def _train(options: argparse.Namespace) -> None:
     config = load_config(options.preset, options.overrides, options.data, options.out)
     best = train(config, resume="yes" if options.resume else "over" if options.restart else "no")
     if os.environ.get("RANK", "0") == "0":
-        print(f"best validation: {', '.join(f'{key} {value:.4f}' for key, value in best.items() if '@10' in key)}")
+        shown = {key: value for key, value in best.items() if key.endswith("@10")}
+        print(f"best validation: {', '.join(f'{key} {value:.4f}' for key, value in shown.items())}")
         print(f"next: m5 evaluate {options.out}")
 
 
@@ -402,6 +371,23 @@ def _bench(options: argparse.Namespace) -> int:
     from benchmarks.run import run_benchmark
 
     return run_benchmark(options.name, options.arguments)
+
+
+def _add_tune(commands) -> None:
+    parser = _command(commands, "tune", _tune, "search settings with Ray Tune")
+    parser.add_argument("--preset", default="default", help="where trials start from: name in m5/configs, or a YAML file")
+    parser.add_argument("--data", required=True, help="prepared dataset: a folder, or an fsspec URL, e.g. s3://...")
+    parser.add_argument("--space", type=Path, required=True, help="what to vary, and how, e.g. tune/spaces/demo.yaml")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the search, the same on all nodes")
+    parser.add_argument("--address", help="of a Ray cluster, e.g. auto (default: this machine)")
+    parser.add_argument("--resume", action="store_true", help="go on with the search in --out, if there is one")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for all trials, or e.g. search.trials=40")
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from tune.search import search
+
+    search(**{name: value for name, value in vars(options).items() if name != "command"})
 
 
 if __name__ == "__main__":

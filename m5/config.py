@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -208,10 +210,10 @@ class RunConfig(_Section):
     def read(cls, path: Path) -> RunConfig:
         if not path.is_file():
             raise ConfigError(f"{path} does not exist: {path.parent} is not a run of `m5 train`.")
-        return _validated(_read_yaml(path), str(path))
+        return validated(read_yaml(path), str(path))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that is a mapping of settings.
 
     Raises:
@@ -231,7 +233,8 @@ def problems_of(error: ValidationError, whole: str) -> str:
     return "; ".join(f"{'.'.join(map(str, item['loc'])) or whole}: {item['msg']}" for item in error.errors())
 
 
-def _validated(settings: dict[str, Any], where: str) -> RunConfig:
+def validated(settings: dict[str, Any], where: str) -> RunConfig:
+    """Settings by section as a configuration; a ConfigError that begins with `where` if they are none."""
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:
@@ -250,22 +253,57 @@ def setting_names(section: type[BaseModel] = RunConfig, prefix: str = "") -> lis
     return names
 
 
-def _apply_override(settings: dict[str, Any], override: str) -> None:
+def parse_override(override: str) -> tuple[str, Any]:
+    """`key.sub=value` as a setting's name and its value, which is read as YAML.
+
+    Raises:
+        ConfigError: another form, no setting of that name, or no YAML.
+    """
     key, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f"override '{override}' is not of the form key.sub=value, e.g. model.width=128.")
+    require_setting(key, f"override '{override}'")
+    try:
+        return key, yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override '{override}': '{text}' is not a value, e.g. 128, true, word or [a, b].") from None
+
+
+def require_setting(key: str, where: str) -> None:
+    """Raises ConfigError, with a suggestion, where there is no setting of that dotted name."""
     names = setting_names()
     if key not in names:
         close = difflib.get_close_matches(key, names, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ConfigError(f"override '{override}': there is no setting '{key}'.{hint}")
-    *sections, last = key.split(".")
-    for section in sections:
-        settings = settings.setdefault(section, {})
-    try:
-        settings[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"override '{override}': '{text}' is not a value, e.g. 128, true, word or [a, b].") from None
+        raise ConfigError(f"{where}: there is no setting '{key}'.{hint}")
+
+
+def preset_settings(preset: str) -> dict[str, Any]:
+    """What a preset (a name in m5/configs or a YAML file) sets, by section.
+
+    Raises:
+        ConfigError: there is no such preset, or it is none.
+    """
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
+        raise ConfigError(f"there is no preset '{preset}'. Presets: {known}; or give a YAML file.")
+    settings = read_yaml(path)
+    if stated := [name for name in ("data", "out") if name in settings]:
+        raise ConfigError(f"{path} sets {' and '.join(stated)}; give --data and --out instead.")
+    return {"preset": path.stem} | settings
+
+
+def changed(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by section, with some of them, by dotted name, replaced; the original stays as it is."""
+    result = copy.deepcopy(settings)
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        inner = result
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[last] = value
+    return result
 
 
 def load_config(preset: str, overrides: list[str], data: Path, out: Path) -> RunConfig:
@@ -274,15 +312,6 @@ def load_config(preset: str, overrides: list[str], data: Path, out: Path) -> Run
     Raises:
         ConfigError: unknown preset, unknown key, or a value that does not fit.
     """
-    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
-        raise ConfigError(f"there is no preset '{preset}'. Presets: {known}; or give a YAML file.")
-    settings = _read_yaml(path)
-    if stated := [name for name in ("data", "out") if name in settings]:
-        raise ConfigError(f"{path} sets {' and '.join(stated)}; give --data and --out instead.")
-    settings |= {"data": str(data), "out": str(out)}
-    settings.setdefault("preset", path.stem)
-    for override in overrides:
-        _apply_override(settings, override)
-    return _validated(settings, " ".join([f"preset {preset}", *overrides]))
+    settings = preset_settings(preset) | {"data": str(data), "out": str(out)}
+    settings = changed(settings, dict(parse_override(override) for override in overrides))
+    return validated(settings, " ".join([f"preset {preset}", *overrides]))

@@ -27,6 +27,7 @@ from m5.eligibility import Eligibility, Playable
 from m5.evaluate import Scorer, evaluate
 from m5.health import Health
 from m5.losses import M5Train, MatchingLoss
+from m5.metrics import SMALL_SLICE
 from m5.model.m5 import M5
 from m5.parallel import World, distribute, sum_over_ranks, training_state, whole_state, world
 from m5.predict import Predictor
@@ -164,7 +165,10 @@ class Trainer:
         self.stepper = Stepper(self.model, config, place)
 
     def validate(self) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Validation metrics, the same on every rank, and the weights, whole, on the first (a collective call)."""
+        """Validation metrics, the same on every rank, and the weights, whole, on the first (a collective call).
+
+        `training.metric` also stands there per scenario value, e.g. as "ndcg@10/region=US" beside "n/region=US".
+        """
         state = whole_state(self.model, self.place.device)
         return on_first(lambda: self._measure(state)), state
 
@@ -181,8 +185,13 @@ class Trainer:
             bootstrap=0,
             seed=self.config.seed,
         )
-        overall = report["models"][self.twin.name]["overall"]
-        return {key: value for key, value in overall.items() if isinstance(value, int | float)}
+        measured, metric = report["models"][self.twin.name], self.config.training.metric
+        metrics = {key: value for key, value in measured["overall"].items() if isinstance(value, int | float)}
+        # Per scenario value the metric alone, where there are requests enough for it to mean anything.
+        for name, scenario in measured["scenarios"].items():
+            if scenario["n"] >= SMALL_SLICE:
+                metrics |= {f"{metric}/{name}": scenario[metric], f"n/{name}": scenario["n"]}
+        return metrics
 
     def loader(self, position: Position) -> Loader:
         place = self.place
@@ -227,7 +236,7 @@ class Trainer:
                     # once an epoch, or less often: evaluate, keep the best
                     last = self._out_of_time() or position.epoch + 1 == config.training.epochs
                     if last or (position.epoch + 1) % config.training.evaluate_every == 0:
-                        self._validate_and_keep(position, log)
+                        self.validate_and_keep(position, log)
                     position.finished = last or position.stale >= config.training.patience
                     position.epoch, position.batch = position.epoch + 1, 0
                     if not position.finished:
@@ -279,7 +288,7 @@ class Trainer:
             f"`m5 replay {self.config.out}` runs the batch again and names the first layer that is not finite."
         )
 
-    def _validate_and_keep(self, position: Position, log: TrainingLog) -> None:
+    def validate_and_keep(self, position: Position, log: TrainingLog) -> None:
         """Validate; make these weights RUN/best if they are."""
         metrics, state = self.validate()
         improved = metrics[self.config.training.metric] > position.best.get(self.config.training.metric, -1.0)

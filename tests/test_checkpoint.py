@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 import m5.checkpoint
 from m5.checkpoint import Checkpoints
 from m5.checkpoint_files import checkpoints_in, newest
-from m5.cli import explain
+from m5.mistakes import explain
 from m5.parallel import World, world
 from m5.schema import DataError
 
