@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -51,8 +50,10 @@ class Recorder(Callback):
 
     def __init__(self, folder: Folder, scheduler: Stops, changed: Callable[[Record], None]):
         self.folder, self.scheduler, self.changed = folder, scheduler, changed
-        self.began: dict[str, float] = {}
         self.refused: dict[str, str] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Ray writes its own state down, with its callbacks; it is never read, since the records are enough
 
     def record(self, trial: Trial) -> Record:
         return self.folder.records[trial.config["record"]]
@@ -64,8 +65,7 @@ class Recorder(Callback):
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         record = self.record(trial)
         record.status, record.attempts, record.history = "running", record.attempts + 1, []
-        record.node = trial.node_ip or ""
-        self.began[record.name] = time.monotonic()
+        record.began_at = time.time()
         self._keep(record)
 
     def on_trial_result(
@@ -76,7 +76,7 @@ class Recorder(Callback):
             self.refused[record.name] = result["refused"]
             return
         record.history += result.get("rows", [])
-        record.node = result.get("node_ip", record.node)
+        record.node = result.get("node", record.node)
         if record.history:
             record.seconds = record.history[-1]["seconds"]
         self._keep(record)
@@ -132,7 +132,9 @@ def said_by(folder: Folder, record: Record) -> str | None:
         return None
     kept = run / f"stalls-attempt-{record.attempts}"
     shutil.rmtree(kept, ignore_errors=True)
-    found = re.search(r"training has stalled: (for [\d.]+ s no rank has made progress).*\n\s*(.*)", stacks[0].read_text())
+    found = re.search(
+        r"training has stalled: (for [\d.]+ s no rank has made progress).*\n\s*(.*)", stacks[0].read_text()
+    )
     (run / "stalls").rename(kept)
     told = f"{found[1]}; {found[2]}" if found else "no progress"
     return f"hung: {told}. Stacks: {kept.relative_to(folder.path)}"
@@ -141,12 +143,16 @@ def said_by(folder: Folder, record: Record) -> str | None:
 def describe(error: Any) -> str:
     """Ray's word about a failure, in a line."""
     if isinstance(error, OutOfMemoryError):
-        return "out of memory: Ray ended it because its node was running low. Give trials fewer at a time, or more room."
+        return (
+            "out of memory: Ray ended it because its node was running low. Give trials fewer at a time, or more room."
+        )
     if isinstance(error, RayTaskError):
         cause = error.cause if error.cause is not None else error
         first = str(cause).strip().splitlines()
         name = "out of memory: OutOfMemoryError" if "OutOfMemory" in type(cause).__name__ else type(cause).__name__
-        return f"raised {name}: {first[-1] if len(first) > 1 and 'Traceback' in str(cause) else first[0] if first else ''}"
+        return (
+            f"raised {name}: {first[-1] if len(first) > 1 and 'Traceback' in str(cause) else first[0] if first else ''}"
+        )
     if isinstance(error, RayActorError):
         text = " ".join(str(error).split())
         if "OOM" in text and "memory monitor" in text:
@@ -206,7 +212,7 @@ def room(plan: Plan) -> int:
     if trials < 1:
         has = ray.cluster_resources()
         raise ConfigError(
-            f"a trial of {trial.ranks} x ({trial.cpus} CPUs, {trial.gpus:g} GPUs) has no room in this cluster, which has "
+            f"a trial of {trial.ranks} x ({trial.cpus} CPUs, {trial.gpus:g} GPUs) has no room in this cluster of "
             f"{has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs. See trial.ranks, trial.cpus and trial.gpus."
         )
     return min(trials, plan.config.search.concurrent or trials)
@@ -253,7 +259,7 @@ class Engine:
         """
         trial = self.plan.config.trial
         # The driver of several ranks needs next to nothing itself: Ray Train asks for what they need.
-        wanted = {"cpu": trial.cpus, "gpu": trial.gpus} if trial.ranks == 1 else {"cpu": 0}
+        wanted: dict[str, float] = {"cpu": trial.cpus, "gpu": trial.gpus} if trial.ranks == 1 else {"cpu": 0}
         storage = self.folder.path / "ray"
         shutil.rmtree(storage, ignore_errors=True)
 

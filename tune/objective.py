@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from tune.records import MEMORY, TARGETS_PER_SECOND, Record
 from tune.settings import ObjectiveSettings
 
-DIRECTIONS = {"quality": "maximize", "targets_per_second": "maximize", "memory": "minimize"}
+Direction = Literal["maximize", "minimize"]
+DIRECTIONS: dict[str, Direction] = {"quality": "maximize", "targets_per_second": "maximize", "memory": "minimize"}
 COLUMNS = {"targets_per_second": TARGETS_PER_SECOND, "memory": MEMORY}
 
 
@@ -26,14 +28,14 @@ class Objective:
     Args:
         settings: which kind.
         metric: the validation metric that is quality, e.g. "ndcg@10".
-        baseline: of a constrained search, the baseline's validation metrics, e.g. "ndcg@10/region=US" and "n/region=US".
+        baseline: of a constrained search, the baseline's validation metrics, e.g. "ndcg@10/region=US", "n/region=US".
     """
 
     def __init__(self, settings: ObjectiveSettings, metric: str, baseline: Mapping[str, float] | None = None):
         self.settings, self.metric, self.baseline = settings, metric, baseline
 
     @property
-    def directions(self) -> list[str]:
+    def directions(self) -> list[Direction]:
         return [DIRECTIONS[name] for name in self.measures]
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +38,8 @@ class Record:
         reasons: why attempts failed, oldest first.
         history: its validations, as in its metrics.jsonl, with "targets_per_second" and "peak_memory_gb".
         seconds: of training, by its own clock.
-        node: where it ran last.
+        node: Ray's id of the node where it ran last.
+        began_at: when its last attempt was begun, in seconds since 1970.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Record:
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     node: str = ""
+    began_at: float = 0.0
 
     @property
     def ended(self) -> bool:
@@ -82,6 +85,11 @@ class Folder:
     def write(self, record: Record) -> None:
         self.records[record.name] = record
         write_whole(self.path / "records" / f"{record.name}.json", json.dumps(asdict(record), indent=1))
+
+    def renew(self, record: Record) -> None:
+        """Write a record in place of an earlier one of its name, whose training is removed."""
+        shutil.rmtree(self.run(record), ignore_errors=True)
+        self.write(record)
 
     def read(self) -> None:
         for path in sorted((self.path / "records").glob("*.json")):
@@ -120,7 +128,8 @@ def opened(path: Path, identity: dict[str, Any], resume: bool) -> Iterator[Folde
             if not resume:
                 ended = sum(record.ended for record in folder.of("search"))
                 raise ConfigError(
-                    f"{path} holds a search with {ended} ended trials. Go on with it by --resume, or choose another --out."
+                    f"{path} holds a search with {ended} ended trials. Go on with it by --resume, or choose another "
+                    "--out."
                 )
             # Through JSON, as what was written was: tuples come back as lists.
             before, now = json.loads(asked.read_text()), json.loads(json.dumps(identity))

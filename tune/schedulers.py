@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
@@ -10,10 +12,13 @@ from tune.records import Record
 from tune.settings import Plan
 
 
-class Stops:
+class Stops(TrialScheduler):
     """A scheduler that remembers which trials it has ended, and lets those be that have come to their end anyway.
 
     Mixed into one of Ray's, whose `on_trial_result` it wraps.
+
+    Attributes:
+        stopped: Ray's ids of the trials.
     """
 
     stopped: set[str]
@@ -21,7 +26,7 @@ class Stops:
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if "score" not in result:
             return TrialScheduler.CONTINUE
-        decision = super().on_trial_result(tune_controller, trial, result)  # type: ignore[misc]
+        decision = super().on_trial_result(tune_controller, trial, result)
         if decision != TrialScheduler.STOP or result["epoch"] >= trial.config["run"]["training"]["epochs"]:
             return TrialScheduler.CONTINUE
         self.stopped.add(trial.trial_id)
@@ -51,7 +56,7 @@ class _Earlier:
         return []
 
 
-def make_scheduler(plan: Plan, records: list[Record] = (), *, early: bool = True) -> Stops:  # type: ignore[assignment]
+def make_scheduler(plan: Plan, records: Sequence[Record] = (), *, early: bool = True) -> Stops:
     """The scheduler that a search asks for.
 
     Args:
@@ -59,7 +64,7 @@ def make_scheduler(plan: Plan, records: list[Record] = (), *, early: bool = True
         early: False: none ends early, whatever is asked for.
     """
     settings, kind, metric = plan.config.search, plan.config.scheduler, plan.preset.training.metric
-    common = {"time_attr": "epoch", "metric": "score", "mode": "max"}
+    common: dict[str, Any] = {"time_attr": "epoch", "metric": "score", "mode": "max"}
     scheduler: Stops
     longest = max(plan.preset.training.epochs, *_epochs(plan))
     if not early or kind == "none":
@@ -71,11 +76,12 @@ def make_scheduler(plan: Plan, records: list[Record] = (), *, early: bool = True
         )
     else:
         # Never pause a trial to give way to another: each is a training that would have to be begun again.
-        scheduler = Median(**common, grace_period=settings.grace_epochs, min_time_slice=float("inf"))
+        never: Any = math.inf
+        scheduler = Median(**common, grace_period=settings.grace_epochs, min_time_slice=never)
     scheduler.stopped = set()
     for record in records:
-        earlier = _Earlier(record, longest + 1)
-        scheduler.on_trial_add(earlier, earlier)  # type: ignore[attr-defined]
+        earlier: Any = _Earlier(record, longest + 1)
+        scheduler.on_trial_add(earlier, earlier)
         for row in record.history:
             result = {"epoch": int(row["epoch"]) + 1, "score": row[metric]}
             scheduler.on_trial_result(earlier, earlier, result)

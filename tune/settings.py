@@ -31,7 +31,9 @@ class SearchSettings(_Section):
     """How the space is searched."""
 
     trials: int = Field(20, ge=1, description="Settings to try; the first are the preset's own.")
-    sampler: Literal["tpe", "random"] = Field("tpe", description="Optuna's tree-structured Parzen estimator, or chance.")
+    sampler: Literal["tpe", "random"] = Field(
+        "tpe", description="Optuna's tree-structured Parzen estimator, or chance."
+    )
     random_trials: int = Field(6, ge=1, description="Drawn by chance before TPE goes by what it has seen.")
     scheduler: Literal["auto", "asha", "median", "none"] = Field(
         "auto", description="What ends weak trials early. auto: ASHA; none where several measures are objectives."
@@ -84,7 +86,9 @@ class TrialSettings(_Section):
     @model_validator(mode="after")
     def _check(self) -> TrialSettings:
         if self.ranks > 1 and 0 < self.gpus < 1:
-            raise ValueError("trial.gpus must be 0 or 1 with trial.ranks above 1: ranks of one world cannot share a GPU")
+            raise ValueError(
+                "trial.gpus must be 0 or 1 with trial.ranks above 1: ranks of one world cannot share a GPU"
+            )
         return self
 
 
@@ -129,13 +133,15 @@ class Plan:
     Attributes:
         config: the file, with overrides.
         space: what is varied.
-        base: settings of the preset and those fixed for all trials, by section; data and out are placeholders.
+        fixed: settings of the preset and those fixed for all trials, by section.
+        base: with those that `trial` decides, too; data and out are placeholders.
         where: the file, for messages.
         refused: combinations of the space that are left out.
     """
 
     config: SearchConfig
     space: Space
+    fixed: dict[str, Any]
     base: dict[str, Any]
     where: str
     refused: Refused | None
@@ -178,7 +184,9 @@ def read_plan(preset: str, space: Path, overrides: list[str]) -> Plan:
         ConfigError: the user's mistake, in the file, the preset or an override.
     """
     if not space.is_file():
-        raise ConfigError(f"{space} does not exist; give a YAML file that says what to vary, e.g. tune/spaces/demo.yaml.")
+        raise ConfigError(
+            f"{space} does not exist; give a YAML file that says what to vary, e.g. tune/spaces/demo.yaml."
+        )
     entries = read_yaml(space)
     own = [override for override in overrides if override.split(".")[0] in OWN]
     for override in own:
@@ -196,12 +204,12 @@ def read_plan(preset: str, space: Path, overrides: list[str]) -> Plan:
             raise ConfigError(f"{name} is in the space of {space} and fixed for all trials: take one of them away.")
         if name in DECIDED:
             raise ConfigError(f"{name} is decided by {DECIDED[name]}; set that.")
-    # The whole training state would be kept too seldom for a trial of minutes; when it is kept changes no result.
+    whole = changed(preset_settings(preset), fixed)
     decided = {"training.threads": config.trial.cpus, "training.device": "cuda" if config.trial.gpus else "cpu"}
-    base = changed(preset_settings(preset), {**fixed, **decided}) | {"data": "data", "out": "out"}
+    base = changed(whole, decided) | {"data": "data", "out": "out"}
     validated(base, f"preset {preset} with {', '.join(fixed) or 'no changes'}")
     varied = read_space(config.space, str(space))
-    return Plan(config, varied, base, str(space), check_space(varied, base, str(space)))
+    return Plan(config, varied, whole, base, str(space), check_space(varied, base, str(space)))
 
 
 def _set_own(entries: dict[str, Any], override: str) -> None:

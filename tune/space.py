@@ -93,7 +93,8 @@ class Parameter:
         return trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log)
 
     def ends(self) -> tuple[Any, ...]:
-        return self.choices or (self.low, self.high)
+        """The choices, or both ends of the range."""
+        return self.choices or ((int(self.low), int(self.high)) if self.integer else (self.low, self.high))
 
     def holds(self, value: Any) -> bool:
         """Whether a value can be drawn."""
@@ -264,36 +265,36 @@ def _range(name: str, kind: str, entry: dict[str, Any], when: Mapping[str, tuple
     types_of = field_types(name)
     if not types_of & {int, float}:
         raise ConfigError(f"{place}: {kind} needs a setting that is a number; give its values with choice.")
-    ends, step, integer = entry[kind], entry.get("step"), float not in types_of
-    numbers = [*ends, *([step] if step is not None else [])] if isinstance(ends, list) and len(ends) == 2 else ["none"]
-    # YAML 1.1 reads 1e-3, without a dot, as text.
-    if any(isinstance(value, str) for value in numbers) and isinstance(ends, list):
-        numbers = [_number(value) for value in numbers]
-    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in numbers):
+    ends, integer = entry[kind], float not in types_of
+    numbers = [_number(value) for value in ends] if isinstance(ends, list) and len(ends) == 2 else [None]
+    numbers += [_number(entry["step"])] if entry.get("step") is not None else []
+    if None in numbers:
         raise ConfigError(f"{place}: {kind} must be two numbers, [lowest, highest], and step one.")
-    low, high = numbers[:2]
-    if not all(math.isfinite(value) for value in numbers) or not low < high:
-        raise ConfigError(f"{place}: {kind}: {low} to {high} is no range: the first must be below the second.")
+    low, high, step = [*(number for number in numbers if number is not None), None][:3]
+    assert low is not None and high is not None
+    if not low < high:
+        raise ConfigError(f"{place}: {kind}: {low:g} to {high:g} is no range: the first must be below the second.")
     if kind == "loguniform" and low <= 0:
-        raise ConfigError(f"{place}: loguniform begins above 0, and {low} is not.")
-    if integer and any(value != int(value) for value in numbers):
+        raise ConfigError(f"{place}: loguniform begins above 0, and {low:g} is not.")
+    if integer and any(number is not None and number != int(number) for number in numbers):
         raise ConfigError(f"{place} is a whole number, so its range and step must be whole numbers.")
     if step is not None:
-        step = numbers[2]
         if kind == "loguniform":
             raise ConfigError(f"{place}: step has no meaning beside loguniform.")
         if not 0 < step <= high - low:
-            raise ConfigError(f"{place}: step {step} does not fit between {low} and {high}.")
+            raise ConfigError(f"{place}: step {step:g} does not fit between {low:g} and {high:g}.")
         if not math.isclose(math.remainder(high - low, step), 0, abs_tol=1e-9 * (high - low)):
-            raise ConfigError(f"{place}: from {low}, steps of {step} do not reach {high}.")
+            raise ConfigError(f"{place}: from {low:g}, steps of {step:g} do not reach {high:g}.")
     return Parameter(name, low=low, high=high, step=step, log=kind == "loguniform", integer=integer, when=when)
 
 
-def _number(value: Any) -> Any:
+def _number(value: Any) -> float | None:
+    """A finite number; None for anything else. YAML 1.1 reads 1e-3, without a dot, as text."""
     try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _conditions(entry: Any, place: str) -> Mapping[str, tuple[Any, ...]]:
@@ -344,12 +345,12 @@ def check_space(space: Space, settings: dict[str, Any], where: str) -> Refused |
         else:
             for name, value in shown.items():
                 accepted[name].add(value)
-    for (name, value), error in reason.items():
+    for (name, value), said in reason.items():
         parameter = space.parameters[name]
         nothing = not accepted[name] if not parameter.choices else value not in accepted[name]
         if nothing:
             what = f"{name}={value}" if parameter.choices else name
-            raise ConfigError(f"{where}: {what} is refused in every combination, e.g. {error}")
+            raise ConfigError(f"{where}: {what} is refused in every combination, e.g. {said}")
     return Refused(len(refusals) / combinations, refusals[0]) if refusals else None
 
 

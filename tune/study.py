@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from m5.config import ConfigError
+from m5.resume import all_settings
 from tune.objective import Objective
 from tune.records import Folder, Record
 from tune.settings import Plan
@@ -35,8 +36,8 @@ def distribution(parameter: Parameter) -> BaseDistribution:
 def frozen(plan: Plan, objective: Objective, record: Record) -> FrozenTrial | None:
     """A record as Optuna's trial; None where it lies outside of the space (the preset's own settings may).
 
-    An ended trial is complete, whether or not the scheduler ended it early: its value is then of fewer epochs, and lower
-    than that of the trials it was compared with, which is what the sampler should learn.
+    An ended trial is complete, whether or not the scheduler ended it early: its value is then of fewer epochs, and
+    lower than that of the trials it was compared with, which is what the sampler should learn.
     """
     parameters = {name: plan.space.parameters[name] for name in record.values}
     if any(not parameter.holds(record.values[name]) for name, parameter in parameters.items()):
@@ -82,6 +83,17 @@ def make_study(plan: Plan, objective: Objective, records: list[Record], seed: in
     return study
 
 
+def preset_record(plan: Plan, folder: Folder) -> Record:
+    """The first trial: the preset as it is, also where it lies outside of the space."""
+    settings = all_settings(plan.preset)
+    values = plan.space.of(settings)
+    if values is None:
+        values = {name: settings[name] for name in plan.space.parameters}
+    record = Record(name="0000", role="search", values=values, seed=plan.preset.seed)
+    folder.write(record)
+    return record
+
+
 class GivenSearcher(Searcher):
     """Gives Ray Tune trials whose records exist already.
 
@@ -99,7 +111,7 @@ class GivenSearcher(Searcher):
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
         return True  # Tune's own metric is not used
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         if len(self.live) >= self.concurrent:
             return None
         record = self.next()
@@ -148,21 +160,14 @@ class StudySearcher(GivenSearcher):
         records = self.folder.of("search")
         if len(records) >= self.plan.config.search.trials:
             return None
-        number = len(records)
-        values = self._preset_values() if not number else self._propose(records)
+        if not records:
+            return preset_record(self.plan, self.folder)
+        values = self._propose(records)
         if values is None:
             return None
-        record = Record(name=f"{number:04}", role="search", values=values, seed=self.plan.preset.seed)
+        record = Record(name=f"{len(records):04}", role="search", values=values, seed=self.plan.preset.seed)
         self.folder.write(record)
         return record
-
-    def _preset_values(self) -> dict[str, Any]:
-        """The first trial is the preset as it is, also where it lies outside of the space."""
-        from m5.resume import all_settings
-
-        settings = all_settings(self.plan.preset)
-        inside = self.plan.space.of(settings)
-        return inside if inside is not None else {name: settings[name] for name in self.plan.space.parameters}
 
     def _propose(self, records: list[Record]) -> dict[str, Any] | None:
         """New settings that the configuration allows; None where the space has no more of them."""

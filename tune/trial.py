@@ -1,7 +1,7 @@
 """What runs in a trial's processes: the product's own training, which tells Ray of each validation.
 
-A trial is a run of `m5 train --resume` in a folder of its own. So a trial that is begun again goes on where it was, and one
-that had come to its end just says so.
+A trial is a run of `m5 train --resume` in a folder of its own. So a trial that is begun again goes on where it was, and
+one that had come to its end just says so.
 """
 
 from __future__ import annotations
@@ -81,7 +81,14 @@ class TrialTrainer(Trainer):
 
     def row(self, last: dict[str, float], rows: list[dict[str, float]]) -> dict[str, Any]:
         """What the scheduler goes by, and the validations whole."""
-        return {"epoch": int(last["epoch"]) + 1, "score": last[self.config.training.metric], "rows": rows}
+        score = last[self.config.training.metric]
+        return {"epoch": int(last["epoch"]) + 1, "score": score, "rows": rows, "node": node()}
+
+
+def node() -> str:
+    from ray import get_runtime_context
+
+    return get_runtime_context().get_node_id()
 
 
 def peak_memory_gb() -> float:
@@ -136,7 +143,10 @@ def work(task: dict[str, Any]) -> None:
 
 
 def run_trial(task: dict[str, Any]) -> None:
-    """One trial: Ray Tune's function trainable. What is the settings' own fault is reported, not raised: see `refused`."""
+    """One trial, Ray Tune's function trainable. What is the settings' own fault is reported as "refused", not raised:
+
+    another attempt would meet it again.
+    """
     from ray import tune as ray_tune
 
     lock = Path(task["run"]["out"]) / LOCK
@@ -164,6 +174,7 @@ def _ranks(task: dict[str, Any]) -> None:
     from ray.tune.integration.ray_train import TuneReportCallback
 
     gpus = task["gpus"] > 0
+    tell: Any = TuneReportCallback()  # by Ray's annotations it is of another class than `callbacks` takes
     TorchTrainer(
         work,
         train_loop_config=task,
@@ -174,7 +185,5 @@ def _ranks(task: dict[str, Any]) -> None:
             use_gpu=gpus,
             resources_per_worker={"CPU": task["cpus"], **({"GPU": 1} if gpus else {})},
         ),
-        run_config=TrainRunConfig(
-            name=Path(task["run"]["out"]).name, storage_path=task["ray"], callbacks=[TuneReportCallback()]
-        ),
+        run_config=TrainRunConfig(name=Path(task["run"]["out"]).name, storage_path=task["ray"], callbacks=[tell]),
     ).fit()
