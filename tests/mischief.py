@@ -11,7 +11,7 @@ from m5.train import Schedule
 from tune.trial import TrialTrainer
 
 RAISES, HOGS, HANGS, ONCE, FINE = 1, 2, 3, 4, 5
-BLOCK = 2**26  # bytes, filled, since memory that nobody has written is not there yet
+BLOCK = 2**28  # bytes, filled, since memory that nobody has written is not there yet
 
 
 class Mischief(TrialTrainer):
@@ -23,7 +23,8 @@ class Mischief(TrialTrainer):
         hoard = []
         while what == HOGS:
             hoard.append(b"x" * BLOCK)
-            time.sleep(0.02)
+            self.beat("hoarding")
+            time.sleep(0.1)
         while what == HANGS:
             time.sleep(1)
         if what == ONCE and position.epoch == 1 and not mark.exists():

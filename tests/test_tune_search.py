@@ -68,7 +68,7 @@ def test_trials_that_fail_are_named_with_their_reason_and_the_search_ends_well(
         {"optimizer.warmup_steps": {"choice": choices}},
         settings={"training.stall_seconds": 4, "training.checkpoint_every": 1},
         search={"trials": 9, "scheduler": "none", "seeds": 0},
-        trial={"memory_gb": 2.5},
+        trial={"memory_gb": 1.5},
     )
     out = tmp_path / "out"
     summary = search(preset="default", data=str(data), space=space, out=out, overrides=[], trainer=mischief.Mischief)
@@ -91,7 +91,7 @@ def test_trials_that_fail_are_named_with_their_reason_and_the_search_ends_well(
         assert found[what]["attempts"] == 2, "retried once"
         assert len(found[what]["reasons"]) == 2
         assert all(reason.startswith(said) for reason in found[what]["reasons"]), found[what]["reasons"]
-    assert "GB, and trial.memory_gb is 2.5" in found[mischief.HOGS]["reasons"][0]
+    assert "GB, and trial.memory_gb is 1.5" in found[mischief.HOGS]["reasons"][0]
     stacks = found[mischief.HANGS]["reasons"][1].rpartition("Stacks: ")[2]
     assert "in _steps" in (out / stacks / "rank-0.txt").read_text()
     # What failed once has gone on from its checkpoint of the first epoch, and both are in its history.

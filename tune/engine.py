@@ -9,10 +9,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray import tune as ray_tune
+from ray.air.constants import EXPR_ERROR_PICKLE_FILE
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig
 from ray.tune.experiment import Trial
@@ -113,10 +116,13 @@ class Recorder(Callback):
     def reason(self, trial: Trial, record: Record) -> str:
         """Why an attempt has failed, in a line."""
         said = said_by(self.folder, record)
-        if said is not None:
-            return said
-        error = trial.get_pickled_error() or trial.get_error()
-        return describe(error)
+        # Tune forgets where it has put the error once it has decided to try again, so its getters find nothing.
+        pickled = Path(trial.local_path or "") / EXPR_ERROR_PICKLE_FILE
+        error = trial.get_error()
+        if pickled.is_file():
+            error = cloudpickle.loads(pickled.read_bytes())
+            pickled.unlink()
+        return said if said is not None else describe(error)
 
 
 def said_by(folder: Folder, record: Record) -> str | None:
@@ -181,6 +187,7 @@ def cluster(address: str | None, plan: Plan) -> Iterator[int]:
     else:
         options |= {"address": address}
     logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # which trials have failed is told by name and reason
     try:
         ray.init(**options, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
@@ -258,8 +265,10 @@ class Engine:
             KeyboardInterrupt: Ctrl-C; trials that were running stay unfinished.
         """
         trial = self.plan.config.trial
-        # The driver of several ranks needs next to nothing itself: Ray Train asks for what they need.
-        wanted: dict[str, float] = {"cpu": trial.cpus, "gpu": trial.gpus} if trial.ranks == 1 else {"cpu": 0}
+        # The driver of several ranks needs next to nothing itself, and Ray Train asks for what they need; but Tune gives
+        # every trial something. A core would be missing where the ranks take all of them, and a megabyte is not.
+        own: dict[str, float] = {"cpu": trial.cpus, "gpu": trial.gpus}
+        wanted = own if trial.ranks == 1 else {"memory": 1e6}
         storage = self.folder.path / "ray"
         shutil.rmtree(storage, ignore_errors=True)
 

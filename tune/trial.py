@@ -160,10 +160,12 @@ def run_trial(task: dict[str, Any]) -> None:
         else:
             _ranks(task)
     except Exception as error:
-        refused = explain(error)
-        if refused is None:
+        # Of several ranks, Ray Train tells what each has raised.
+        failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+        refused = [said for failure in failures if (said := explain(getattr(failure, "cause", None) or failure))]
+        if not refused:
             raise
-        ray_tune.report({"refused": refused})
+        ray_tune.report({"refused": refused[0]})
 
 
 def _ranks(task: dict[str, Any]) -> None:
