@@ -308,6 +308,7 @@ def test_the_verdict_goes_by_the_spread_over_seeds() -> None:
     assert "Better than the preset by +0.1000 (+50.0%)" in verdict((0.19, 0.2, 0.21), (0.29, 0.3, 0.31))
     assert "ranges overlap" in verdict((0.1, 0.2, 0.21), (0.2, 0.29, 0.3))
     assert "Within chance" in verdict((0.1, 0.2, 0.3), (0.11, 0.21, 0.31))
+    assert "tells nothing of the spread" in verdict((0.1,), (0.2,))
     assert "it was there already" in verdict((0.1,), (0.2,), winner="0000")
 
 

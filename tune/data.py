@@ -52,12 +52,12 @@ def _files(data: str) -> tuple[Any, str]:
 
     # An instance of its own: one that another call has used remembers its listings.
     options: dict[str, Any] = {"skip_instance_cache": True}
-    if data.startswith(("http://", "https://")):
-        from aiohttp import ClientTimeout
-
-        # By default a file may take five minutes in all. Large arrays take longer.
-        options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=30, sock_read=300)}
     try:
+        if data.startswith(("http://", "https://")):
+            from aiohttp import ClientTimeout
+
+            # By default a file may take five minutes in all. Large arrays take longer.
+            options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=30, sock_read=300)}
         files, path = fsspec.core.url_to_fs(data, **options)
     except ImportError as error:
         raise ConfigError(f"--data {data}: {error}, on every node.") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ from tune.records import Record
 from tune.settings import Plan
 from tune.space import Parameter
 
-STATUS_COLOURS = {"finished": "#4a7ba6", "stopped": "#a9b3bd", "failed": "#c0563f"}
-WINNER_COLOUR, PRESET_COLOUR, GRID_COLOUR, TEXT_COLOUR = "#16794f", "#222222", "#e9ecef", "#39424c"
-PALE = "#c3ccd4"
+# By what a trial is; the later lie above the earlier.
+COLOURS = {"stopped": "#a9b3bd", "failed": "#c0563f", "finished": "#4a7ba6", "preset": "#222222", "winner": "#16794f"}
+EMPHASISED = ("preset", "winner")
+PALE, LINES, TEXT = "#c3ccd4", "#7d8790", "#39424c"
 QUALITY_SCALE = ["#d5dfe8", "#1d4568"]  # from the lowest to the highest
 PRESET = "0000"  # the first trial has the preset's own settings
 ABSENT = -0.16  # height, under the axes of the parallel coordinates, of settings that a trial does not have
@@ -60,18 +62,16 @@ class Trials:
         """Of axes, by measure."""
         return {"quality": f"validation {self.objective.metric}"} | OTHER_TITLES
 
-    def emphasis(self, record: Record) -> str | None:
-        """The colour of the winner and of the preset."""
+    def kind(self, record: Record) -> str:
+        """ "winner", "preset", or the status of any other trial."""
         if self.winner is not None and record.name == self.winner.name:
-            return WINNER_COLOUR
-        return PRESET_COLOUR if record.name == PRESET else None
+            return "winner"
+        return "preset" if record.name == PRESET else record.status
 
 
 def shown(value: Any) -> str:
-    """A setting's value, short."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "none"}[value]
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """A setting's value as YAML has it, numbers with four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 
 def styled(figure: go.Figure, x: str, y: str, height: int = 340) -> go.Figure:
@@ -80,20 +80,14 @@ def styled(figure: go.Figure, x: str, y: str, height: int = 340) -> go.Figure:
         template="none",
         height=height,
         margin={"l": 62, "r": 14, "t": 12, "b": 48},
-        font={"family": "system-ui, sans-serif", "size": 12, "color": TEXT_COLOUR},
+        font={"family": "system-ui, sans-serif", "size": 12, "color": TEXT},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         showlegend=False,
         hovermode="closest",
         hoverlabel={"align": "left"},
     )
-    axis = {
-        "gridcolor": GRID_COLOUR,
-        "linecolor": "#b8c0c8",
-        "zeroline": False,
-        "automargin": True,
-        "title_standoff": 8,
-    }
+    axis = {"gridcolor": "#e9ecef", "linecolor": "#b8c0c8", "zeroline": False, "automargin": True, "title_standoff": 8}
     figure.update_xaxes(title_text=html.escape(x), **axis)
     figure.update_yaxes(title_text=html.escape(y), **axis)
     # Of a single value, Plotly would show from 1 below to 1 above, as if quality could be negative.
@@ -125,13 +119,12 @@ def points(
         x, y: of each.
         sizes: diameters in pixels, of trials and of the winner and the preset.
     """
-    groups: dict[str, list[tuple[Any, float, str, str]]] = {name: [] for name in (*STATUS_COLOURS, "preset", "winner")}
+    groups: dict[str, list[tuple[Any, float, str, str]]] = {kind: [] for kind in COLOURS}
     for (record, row), across, up in zip(judged, x, y, strict=True):
-        emphasis = {None: record.status, PRESET_COLOUR: "preset", WINNER_COLOUR: "winner"}[trials.emphasis(record)]
-        symbol = {"preset": "diamond", "winner": "star"}.get(emphasis, "circle")
+        kind = trials.kind(record)
+        symbol = {"preset": "diamond", "winner": "star"}.get(kind, "circle")
         symbol += "-open" if trials.objective.violation(row) > 0 else ""
-        groups[emphasis].append((across, up, described(trials, record, row), symbol))
-    colours = STATUS_COLOURS | {"preset": PRESET_COLOUR, "winner": WINNER_COLOUR}
+        groups[kind].append((across, up, described(trials, record, row), symbol))
     return [
         go.Scatter(
             x=[one[0] for one in group],
@@ -139,12 +132,12 @@ def points(
             hovertext=[one[2] for one in group],
             hoverinfo="text",
             mode="markers",
-            name=name,
+            name=kind,
             marker_symbol=[one[3] for one in group],
-            marker_color=colours[name],
-            marker_size=sizes[name not in STATUS_COLOURS],
+            marker_color=COLOURS[kind],
+            marker_size=sizes[kind in EMPHASISED],
         )
-        for name, group in groups.items()
+        for kind, group in groups.items()
         if group
     ]
 
@@ -163,7 +156,7 @@ def quality_by_trial(trials: Trials) -> go.Figure | None:
     figure = go.Figure()
     if best:
         x, y = zip(*best, (int(trials.records[-1].name), best[-1][1]), strict=True)
-        line = {"color": WINNER_COLOUR, "width": 1.5, "shape": "hv"}
+        line = {"color": COLOURS["winner"], "width": 1.5, "shape": "hv"}
         figure.add_scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", name="best so far")
     figure.add_traces(points(trials, trials.judged, numbers, qualities, (9, 14)))
     # What failed before its first validation has no quality: it is marked on the lower edge.
@@ -176,7 +169,7 @@ def quality_by_trial(trials: Trials) -> go.Figure | None:
             hoverinfo="text",
             mode="markers",
             name="failed without a validation",
-            marker={"symbol": "x-thin", "size": 8, "line": {"width": 2, "color": STATUS_COLOURS["failed"]}},
+            marker={"symbol": "x-thin", "size": 8, "line": {"width": 2, "color": COLOURS["failed"]}},
         )
     styled(figure, "trial", trials.titles()["quality"])
     return figure.update_xaxes(tickformat="d", dtick=1 if len(trials.records) <= 12 else None)
@@ -188,17 +181,18 @@ def learning_curves(trials: Trials) -> go.Figure | None:
     if not lines:
         return None
     figure = go.Figure()
-    for record in sorted(lines, key=lambda record: trials.emphasis(record) is not None):
-        emphasis = trials.emphasis(record)
-        colour = emphasis or STATUS_COLOURS.get(record.status, STATUS_COLOURS["stopped"])
+    for record in sorted(lines, key=lambda record: trials.kind(record) in EMPHASISED):
+        kind = trials.kind(record)
+        thick = kind in EMPHASISED
         figure.add_scatter(
             x=[int(row["epoch"]) + 1 for row in record.history],
             y=[row[trials.objective.metric] for row in record.history],
             mode="lines+markers",
             name=record.name,
-            opacity=0.65 if emphasis is None else 1,
-            line={"color": colour, "width": 1.2 if emphasis is None else 2.8},
-            marker={"size": 4 if emphasis is None else 6},
+            opacity=1 if thick else 0.65,
+            # What is still running is as pale as what was stopped.
+            line={"color": COLOURS.get(kind, COLOURS["stopped"]), "width": 2.8 if thick else 1.2},
+            marker={"size": 6 if thick else 4},
             hovertext=described(trials, record, record.best(trials.objective.metric)),
             hoverinfo="text",
         )
@@ -244,16 +238,16 @@ def parallel_coordinates(trials: Trials) -> go.Figure | None:
     # The best are drawn last, above the others.
     for quality, (record, row) in sorted(zip(qualities, trials.judged, strict=True), key=lambda pair: pair[0]):
         share = (quality - lowest) / spread if spread else 0.5
-        emphasis = trials.emphasis(record)
+        kind = trials.kind(record)
         heights = [height(one, record.values[one.name]) if one.name in record.values else ABSENT for one in parameters]
         figure.add_scatter(
             x=list(range(len(parameters) + 1)),
             y=[*heights, share],
             mode="lines",
             name=record.name,
-            line_color=emphasis or sample_colorscale(QUALITY_SCALE, [share])[0],
-            line_width=1.6 if emphasis is None else 3,
-            line_dash="dot" if emphasis == PRESET_COLOUR else "solid",
+            line_color=COLOURS[kind] if kind in EMPHASISED else sample_colorscale(QUALITY_SCALE, [share])[0],
+            line_width=3 if kind in EMPHASISED else 1.6,
+            line_dash="dot" if kind == "preset" else "solid",
             hovertext=described(trials, record, row),
             hoverinfo="text",
         )
@@ -273,7 +267,7 @@ def parallel_coordinates(trials: Trials) -> go.Figure | None:
 
 def _axis(figure: go.Figure, x: int, title: str, ticks: Iterable[tuple[float, str]]) -> None:
     """An upright axis with its title above it and its ticks, (height, label), to its right."""
-    figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, line={"color": "#7d8790", "width": 1}, layer="below")
+    figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, line={"color": LINES, "width": 1}, layer="below")
     figure.add_annotation(x=x, y=1.06, yanchor="bottom", text=title, showarrow=False)
     look = {"xanchor": "left", "xshift": 3, "showarrow": False, "bgcolor": "rgba(255,255,255,0.8)", "font_size": 11}
     for y, label in ticks:
@@ -302,9 +296,9 @@ def importance_bars(found: list[Importance]) -> go.Figure | None:
     if not found:
         return None
     shares = {one.name: one.share for one in found}
-    colours = [STATUS_COLOURS["finished"] if one.share > one.chance else PALE for one in found]
+    colours = [COLOURS["finished"] if one.share > one.chance else PALE for one in found]
     figure = bars(shares, colours, [f"{one.share:.0%}" for one in found], "share of importance")
-    mark = {"symbol": "line-ns", "size": 16, "line": {"width": 2, "color": STATUS_COLOURS["failed"]}}
+    mark = {"symbol": "line-ns", "size": 16, "line": {"width": 2, "color": COLOURS["failed"]}}
     names = [html.escape(name) for name in shares]
     figure.add_scatter(x=[one.chance for one in found], y=names, mode="markers", marker=mark, hoverinfo="skip")
     return figure.update_xaxes(tickformat=".0%", rangemode="tozero")
@@ -363,7 +357,7 @@ def front_points(trials: Trials, x: list[float], y: list[float]) -> list[go.Scat
     # In the order of x, so that the numbers of neighbours are above and below in turn.
     placed = sorted(zip(x, y, trials.judged, strict=True), key=lambda one: one[0])
     traces = []
-    for name, colour, inside in (("dominated", PALE, False), ("front", WINNER_COLOUR, True)):
+    for name, colour, inside in (("dominated", PALE, False), ("front", COLOURS["winner"], True)):
         chosen = [one for one in placed if (one[2][0].name in front) == inside]
         traces.append(
             go.Scatter(
@@ -392,7 +386,7 @@ def scenario_changes(trials: Trials, record: Record) -> go.Figure | None:
         return None
     limit = -objective.settings.tolerance
     changes = dict(sorted(changes.items(), key=lambda item: -item[1]))
-    lost, held = STATUS_COLOURS["failed"], STATUS_COLOURS["finished"]
+    lost, held = COLOURS["failed"], COLOURS["finished"]
     colours = [lost if change < limit else held for change in changes.values()]
     texts = [f"{change:+.1%} (to {now[name]:.4f})" for name, change in changes.items()]
     figure = bars(changes, colours, texts, f"change of {objective.metric} against the baseline")
@@ -400,5 +394,5 @@ def scenario_changes(trials: Trials, record: Record) -> go.Figure | None:
     ends = min(1.6 * limit, *changes.values()), max(0.0, *changes.values())
     pad = 0.2 * (ends[1] - ends[0])  # for the texts behind the bars
     return figure.update_xaxes(
-        tickformat="+.0%", range=[ends[0] - pad, ends[1] + pad], zeroline=True, zerolinecolor="#7d8790"
+        tickformat="+.0%", range=[ends[0] - pad, ends[1] + pad], zeroline=True, zerolinecolor=LINES
     )

@@ -15,7 +15,7 @@ from m5.resume import all_settings
 from tune import plots
 from tune.importance import BEST, FEWEST, importances
 from tune.objective import COLUMNS, Objective
-from tune.plots import PRESET_COLOUR, STATUS_COLOURS, WINNER_COLOUR, Trials, shown
+from tune.plots import COLOURS, EMPHASISED, Trials, shown
 from tune.records import Folder, Record, write_whole
 from tune.settings import Plan
 from tune.summary import Spread, Summary
@@ -140,10 +140,9 @@ def paragraph(text: str, kind: str = "note") -> str:
 
 
 def _legend() -> str:
-    marks = [("●", STATUS_COLOURS["finished"], "finished"), ("●", STATUS_COLOURS["stopped"], "stopped early")]
-    marks += [("●", STATUS_COLOURS["failed"], "failed"), ("◆", PRESET_COLOUR, "preset"), ("★", WINNER_COLOUR, "winner")]
-    spans = "".join(f'<span><b style="color: {colour}">{mark}</b> {name}</span>' for mark, colour, name in marks)
-    return f'<p class="legend">{spans}</p>'
+    marks = {"finished": "●", "stopped": "●", "failed": "●", "preset": "◆", "winner": "★"}
+    spans = [f'<span><b style="color: {COLOURS[kind]}">{mark}</b> {kind}</span>' for kind, mark in marks.items()]
+    return f'<p class="legend">{"".join(spans)}</p>'
 
 
 def _head(title: str, trials: Trials, summary: Summary) -> str:
@@ -198,13 +197,15 @@ def _seeds(folder: Folder, summary: Summary) -> str:
         over = [f"{spread.mean:.4f}", f"{spread.deviation:.4f}"] if spread is not None else [NOTHING, NOTHING]
         return [role, *over, *(status if value is None else f"{value:.4f}" for value, status in values)]
 
-    rows = [row("preset", summary.preset), row("winner", summary.again)]
+    # Of a winner that is the preset itself there are no further trainings.
+    spreads = {"preset": summary.preset, "winner": summary.again}
+    rows = [row(role, spread) for role, spread in spreads.items() if by_role[role]]
     if summary.preset is not None and summary.again is not None:
         pairs = [(quality(by_role["winner"].get(seed)), quality(by_role["preset"].get(seed))) for seed in seeds]
         each = [NOTHING if a is None or b is None else f"{a - b:+.4f}" for a, b in pairs]
         rows.append(["difference", f"{summary.again.mean - summary.preset.mean:+.4f}", "", *each])
     head = [f"validation {summary.metric}", "mean", "standard deviation", *(f"seed {seed}" for seed in seeds)]
-    note = "The winner was chosen for its value on the search's own seed, which flatters it; these seeds are others."
+    note = "The winner was chosen for its value on the search's seed, which flatters it; the search did not see these."
     return heading + table(head, rows) + paragraph(note)
 
 
@@ -251,8 +252,10 @@ def _importance(trials: Trials) -> str:
     heading = "<h2>Importance</h2>"
     found = importances(trials.plan, trials.objective, trials.records)
     if not found:
-        count = sum(record.status != "failed" for record, _ in trials.judged)
-        few = f"Too few trials to say: {count} finished or were stopped, and it takes {FEWEST} inside of the space."
+        ended = [record.values.items() for record, _ in trials.judged if record.status != "failed"]
+        parameters = trials.plan.space.parameters
+        count = sum(all(parameters[name].holds(value) for name, value in values) for values in ended)
+        few = f"Too few trials to say: {count} in the space finished or were stopped, and it takes {FEWEST}."
         return heading + paragraph(few if count < FEWEST else "No setting sets the best trials apart from the others.")
     count = max(one.trials for one in found)
     text = (
@@ -313,9 +316,7 @@ def _scenarios(trials: Trials) -> str:
     nearest = min(finished, key=lambda pair: objective.violation(pair[1]))[0]
     record = trials.winner or nearest
     who = (
-        f"The winner, trial {record.name}"
-        if trials.winner is not None
-        else f"No winner; trial {record.name} came nearest"
+        f"Trial {record.name}, {'the winner' if trials.winner is not None else 'the nearest to it: there is no winner'}"
     )
     text = (
         f"{who}. Dashed: the {objective.settings.tolerance:.1%} that a scenario may lose. Scenarios with fewer than "
@@ -347,8 +348,8 @@ def _all_trials(trials: Trials) -> str:
             + [shown(record.values[name]) if name in record.values else NOTHING for name in names]
             + [f"{judged[name]:.4f}" if name in judged else NOTHING for name in scenarios]
         )
-        kind = {WINNER_COLOUR: "winner", PRESET_COLOUR: "preset", None: ""}[trials.emphasis(record)]
-        classes.append(kind if not pareto else "front" if record in front else "")
+        marked = "front" if record in front else trials.kind(record) if not pareto else ""
+        classes.append(marked if marked in ("front", *EMPHASISED) else "")
     head = ["trial", "status", objective.metric, "epochs", "targets/s", "memory, GB", "seconds", *names]
     head += scenarios
     text = f"Of each trial's best validation. Last columns: {objective.metric} by scenario. Click on a heading to sort."

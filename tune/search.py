@@ -133,9 +133,18 @@ class _Search:
         return summary
 
     def _baseline(self) -> None:
-        """Of a constrained search without a run to compare with: the preset, which is the first trial, to its end."""
-        if self.plan.config.objective.kind != "constrained" or self.objective.baseline is not None:
+        """Of a constrained search: what to compare with; without a run, the preset, the first trial, to its end."""
+        if self.plan.config.objective.kind != "constrained":
             return
+        if self.objective.baseline is None:
+            self.objective.baseline = self._preset_as_baseline()
+        if not self.objective.scenarios(self.objective.baseline):
+            raise ConfigError(
+                "objective.kind=constrained has nothing to hold: no scenario has as many validation targets as "
+                f"objective.smallest_scenario={self.objective.settings.smallest_scenario} asks for."
+            )
+
+    def _preset_as_baseline(self) -> dict[str, float]:
         from tune.study import GivenSearcher, preset_record
 
         records = self.folder.records
@@ -144,12 +153,13 @@ class _Search:
             self.engine.run(
                 GivenSearcher([first], task=self.engine.task, concurrent=1), self._scheduler(early=False), self._changed
             )
-        if first.status != "finished":
+        best = first.best(self.metric)
+        if first.status != "finished" or best is None:
             raise ConfigError(
                 f"the preset, with which scenarios are compared, was not trained to its end: {first.reasons[-1:]}. "
                 "Mend it, or give objective.baseline."
             )
-        self.objective.baseline = first.best(self.metric)
+        return best
 
     def _trials(self) -> None:
         from tune.study import StudySearcher
@@ -182,11 +192,12 @@ class _Search:
         for place in range(1, self.plan.config.search.seeds + 1):
             for role, values in roles.items():
                 record = self.folder.records.get(f"{role}-{place}")
-                if record is None or record.values != values:
+                asked = values | self.plan.config.search.final
+                if record is None or record.values != asked:
                     record = Record(
                         name=f"{role}-{place}",
                         role=role,  # type: ignore[arg-type]
-                        values=values,
+                        values=asked,
                         seed=self.plan.preset.seed + place,
                     )
                     self.folder.renew(record)

@@ -42,6 +42,9 @@ class SearchSettings(_Section):
     reduction: int = Field(3, ge=2, description="ASHA: of every so many trials at a rung one goes on.")
     retries: int = Field(1, ge=0, description="Further attempts of a trial that failed.")
     seeds: int = Field(3, ge=0, description="Of the winner's and the preset's trainings in the end. 0: none.")
+    final: dict[str, Any] = Field(
+        {}, description="Settings by dotted name that those trainings have instead, e.g. more epochs or all targets."
+    )
     concurrent: int | None = Field(None, ge=1, description="Trials at a time; none: as many as the resources allow.")
     max_minutes: float | None = Field(None, gt=0, description="Start no trial after this long.")
 
@@ -56,7 +59,8 @@ class ObjectiveSettings(_Section):
     )
     tolerance: float = Field(0.02, ge=0, lt=1, description="Share of its metric that a scenario may lose.")
     baseline: Path | None = Field(None, description="Run to compare with; none: the preset, trained first.")
-    smallest_scenario: int = Field(200, ge=1, description="Validation targets below which a scenario is not judged.")
+    # A validation tells a scenario's metric from 100 targets on (m5.metrics.SMALL_SLICE).
+    smallest_scenario: int = Field(200, ge=100, description="Validation targets below which a scenario is not judged.")
     measures: tuple[Literal["quality", "targets_per_second", "memory"], ...] = Field(
         ("quality", "targets_per_second", "memory"), description="Of kind pareto; memory is to be small."
     )
@@ -196,17 +200,22 @@ def read_plan(preset: str, space: Path, overrides: list[str]) -> Plan:
     except ValidationError as error:
         raise ConfigError(f"{space}: {problems_of(error, 'search')}.") from None
     fixed = dict(parse_override(override) for override in overrides if override not in own)
-    for name in config.settings:
-        require_setting(name, f"{space}: settings")
+    for where, names in (("settings", config.settings), ("search.final", config.search.final)):
+        for name in names:
+            require_setting(name, f"{space}: {where}")
+            if where == "search.final" and name in config.space:
+                raise ConfigError(f"{space}: search.final sets {name}, which the winner is to have as it was found.")
     fixed = config.settings | fixed
     for name in fixed:
         if name in config.space:
             raise ConfigError(f"{name} is in the space of {space} and fixed for all trials: take one of them away.")
+    for name in (*fixed, *config.search.final):
         if name in DECIDED:
             raise ConfigError(f"{name} is decided by {DECIDED[name]}; set that.")
     whole = changed(preset_settings(preset), fixed)
     decided = {"training.threads": config.trial.cpus, "training.device": "cuda" if config.trial.gpus else "cpu"}
     base = changed(whole, decided) | {"data": "data", "out": "out"}
+    validated(changed(base, config.search.final), f"preset {preset} with search.final")
     validated(base, f"preset {preset} with {', '.join(fixed) or 'no changes'}")
     varied = read_space(config.space, str(space))
     return Plan(config, varied, whole, base, str(space), check_space(varied, base, str(space)))

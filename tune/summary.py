@@ -80,6 +80,8 @@ class Summary:
             return "No trial was better than the preset, which is the first of them: it was there already."
         if self.preset is None or self.again is None:
             return "Trained once each; the seeds of search.seeds would say how much of the difference is chance."
+        if min(len(self.again.values), len(self.preset.values)) < 2:
+            return "Trained on one other seed each, which tells nothing of the spread: see search.seeds."
         difference = self.again.mean - self.preset.mean
         spread = max(self.again.deviation, self.preset.deviation)
         apart = min(self.again.values) > max(self.preset.values)
