@@ -3,7 +3,7 @@
 python docker/ray_train.py --workers 16 --gpu --preset default --data DATA --out RUN model.width=128
 
 DATA and RUN lie on a file system that all nodes share. What a run leaves in RUN is what `m5 train` leaves there; a run
-that is there already is gone on with. Needs requirements/ray.txt beside the pinned set.
+that is there already is gone on with.
 """
 
 from __future__ import annotations

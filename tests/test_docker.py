@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.scripts.scripts import cli as ray_cli
 from torch.distributed.run import get_args_parser
 
 from m5.cli import parse
@@ -109,7 +109,6 @@ def test_the_nodes_of_compose_train_to_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs requirements/ray.txt")
 def test_ray_train_leaves_a_run(tmp_path: Path) -> None:
     write_world(tmp_path / "data", users=30, rights=True)
     arguments = ["--workers", "2", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *QUICK]
@@ -273,13 +272,20 @@ def test_commands_of_the_page_have_options_that_exist() -> None:
             helped = (ROOT / words[1]).read_text()
             assert all(f'"{word}"' in helped for word in words if word.startswith("--"))
             seen.add("python")
+        if "ray" in words:
+            command, *arguments = words[words.index("ray") + 1 :]
+            ray_cli.commands[command].make_context(command, arguments)
+            seen.add("ray")
+            if command == "exec":
+                *_, shell = arguments
+                parse(shlex.split(shell.partition("/m5 ")[2]))
         if words[:2] == ["docker", "build"]:
             assert words[words.index("-f") + 1].removeprefix("docker/") in DOCKERFILES
             seen.add("docker")
         for word in words:
             if word.startswith("requirements/"):
                 assert (ROOT / word).is_file()
-    assert seen == {"torchrun", "m5", "sbatch", "python", "docker"}
+    assert seen == {"torchrun", "m5", "sbatch", "python", "docker", "ray"}
 
 
 def test_torchrun_in_the_slurm_script_has_options_that_exist() -> None:

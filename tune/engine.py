@@ -266,7 +266,7 @@ class Engine:
         """
         trial = self.plan.config.trial
         # The driver of several ranks needs next to nothing itself, and Ray Train asks for what they need; but Tune wants
-        # something for every trial. A core would be missing where the ranks take all of them; a megabyte is not.
+        # something for every trial. A core would be missing where ranks take all of them; a megabyte is not.
         own: dict[str, float] = {"cpu": trial.cpus, "gpu": trial.gpus}
         wanted = own if trial.ranks == 1 else {"memory": 1e6}
         storage = self.folder.path / "ray"
