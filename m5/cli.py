@@ -375,13 +375,13 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _add_tune(commands) -> None:
     parser = _command(commands, "tune", _tune, "search settings with Ray Tune")
-    parser.add_argument("--preset", default="default", help="where trials start from: name in m5/configs, or a YAML file")
+    parser.add_argument("--preset", default="default", help="what trials start from: name or YAML file")
     parser.add_argument("--data", required=True, help="prepared dataset: a folder, or an fsspec URL, e.g. s3://...")
     parser.add_argument("--space", type=Path, required=True, help="what to vary, and how, e.g. tune/spaces/demo.yaml")
     parser.add_argument("--out", type=Path, required=True, help="folder of the search, the same on all nodes")
     parser.add_argument("--address", help="of a Ray cluster, e.g. auto (default: this machine)")
     parser.add_argument("--resume", action="store_true", help="go on with the search in --out, if there is one")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for all trials, or e.g. search.trials=40")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of all trials, or e.g. search.trials=40")
 
 
 def _tune(options: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from m5.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PACKAGES = ("m5", "data_prep", "tune", "benchmarks")
 SIZES = {"users": 1100, "titles": 120, "events": 6600}  # as many digits in the ids as in README's world
 QUICK = (
     "training.epochs=1",
@@ -35,6 +36,8 @@ QUICK = (
     "model.expert_hidden=16",
     "model.mixing_width=16",
 )
+# Those of them that the search's space does not vary and the search does not decide.
+FIXED = ("training.epochs", "training.validation_targets", "sequences.sequences_per_epoch")
 
 
 def blocks(language: str) -> list[str]:
@@ -53,6 +56,8 @@ def small(words: list[str]) -> list[str]:
     for name, size in SIZES.items():
         if words[:2] == ["m5", "synth"] and f"--{name}" in words:
             words[words.index(f"--{name}") + 1] = str(size)
+    if words[:2] == ["m5", "tune"]:
+        return [*words, "search.trials=2", "search.seeds=1", *(one for one in QUICK if one.split("=")[0] in FIXED)]
     return [*words, *QUICK] if "train" in words[:2] or "m5.train" in words else words
 
 
@@ -102,7 +107,8 @@ def write_globo(folder: Path) -> None:
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("M5_CACHE", str(tmp_path / "cache"))
-    shutil.copytree(ROOT / "docs" / "plans", tmp_path / "docs" / "plans")
+    for folder in ("docs/plans", "tune/spaces"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     write_movielens(tmp_path)
     write_globo(tmp_path)
     ran = set()
@@ -118,7 +124,7 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             assert re.search(rf"^{re.escape(words[1])}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), words
         else:
             assert words == ["source", ".venv/bin/activate"]
-    assert {"doctor", "synth", "prepare", "encode", "graph", "train", "evaluate", "recommend", "plan"} <= ran
+    assert {"doctor", "synth", "prepare", "encode", "graph", "train", "evaluate", "recommend", "plan", "tune"} <= ran
     assert (tmp_path / "runs/two-ranks/best/weights.safetensors").is_file()
 
 
@@ -132,15 +138,15 @@ def test_the_example_of_dataset_yaml_is_one(tmp_path: Path) -> None:
 
 def test_every_file_has_its_line() -> None:
     (tree,) = blocks("text")
-    for package in ("m5", "data_prep", "benchmarks"):
+    for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
             if path.name != "__init__.py":
                 names = (path.name, path.relative_to(ROOT / package).as_posix())
                 assert any(re.search(rf"(^|[\s]){re.escape(name)}[\s,]", tree) for name in names), path
     for name in re.findall(r"^  ([\w/]+\.(?:py|md))", tree, flags=re.MULTILINE):
-        assert any((ROOT / package / name).is_file() for package in ("m5", "data_prep", "benchmarks")), name
+        assert any((ROOT / package / name).is_file() for package in PACKAGES), name
 
 
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+        assert target.startswith("https://") or (ROOT / target.partition("#")[0]).exists(), target

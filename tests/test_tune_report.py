@@ -257,8 +257,8 @@ def test_learning_curves_emphasise_winner_and_preset(tmp_path: Path) -> None:
 
 def test_parallel_coordinates_go_by_the_space(tmp_path: Path) -> None:
     figure = plots.parallel_coordinates(found(tmp_path, SEARCH))
-    # lr 0.01 is the middle of the decades 0.001 to 0.1; dropout 0.2 of 0.5; mlp the second of two; no expert_lr; and the
-    # preset's quality between those of 0002 and 0001.
+    # lr 0.01 is the middle of the decades 0.001 to 0.1; dropout 0.2 of 0.5; mlp the second of two; no expert_lr; and
+    # the preset's quality between those of 0002 and 0001.
     share = (0.12 - 0.08) / (0.1567 - 0.08)
     assert trace(figure, "0000").y == pytest.approx([1 / 2, 2 / 5, 3 / 4, ABSENT, share])
     assert trace(figure, "0001").y[3] == pytest.approx(0.699, abs=1e-3)  # log10(0.05 / 0.01) of one decade

@@ -265,8 +265,8 @@ class Engine:
             KeyboardInterrupt: Ctrl-C; trials that were running stay unfinished.
         """
         trial = self.plan.config.trial
-        # The driver of several ranks needs next to nothing itself, and Ray Train asks for what they need; but Tune wants
-        # something for every trial. A core would be missing where ranks take all of them; a megabyte is not.
+        # The driver of several ranks needs next to nothing, and Ray Train asks for what they need; but Tune wants every
+        # trial to have something. A core would be missing where ranks take all of them; a megabyte is not.
         own: dict[str, float] = {"cpu": trial.cpus, "gpu": trial.gpus}
         wanted = own if trial.ranks == 1 else {"memory": 1e6}
         storage = self.folder.path / "ray"

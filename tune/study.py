@@ -50,13 +50,14 @@ def frozen(plan: Plan, objective: Objective, record: Record) -> FrozenTrial | No
         else record.values[name]
         for name, parameter in parameters.items()
     }
-    complete = state == TrialState.COMPLETE and row is not None
+    constrained = objective.settings.kind == "constrained"
+    ended = row if state == TrialState.COMPLETE else None
     return optuna.trial.create_trial(
         state=state,
-        values=objective.values(row) if complete and row is not None else None,
+        values=objective.values(ended) if ended is not None else None,
         params=params,
         distributions={name: distribution(parameter) for name, parameter in parameters.items()},
-        constraints={CONSTRAINT: objective.violation(row)} if complete and row is not None else None,
+        constraints={CONSTRAINT: objective.violation(ended)} if ended is not None and constrained else None,
         intermediate_values={int(one["epoch"]) + 1: one[objective.metric] for one in record.history},
         user_attrs={"record": record.name},
     )
