@@ -37,7 +37,7 @@ HOSTILE = "raised ValueError: <img src=x onerror=alert(1)> & </script>"
 
 def make_plan(folder: Path, **sections: Any) -> Plan:
     path = folder / "space.yaml"
-    path.write_text(yaml.safe_dump({"space": SPACE, **sections}))
+    path.write_text(yaml.safe_dump({"space": SPACE, **sections}, sort_keys=False))
     return read_plan("demo", path, [])
 
 

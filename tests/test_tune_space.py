@@ -181,7 +181,7 @@ def test_what_is_drawn_lies_in_the_space_and_is_a_configuration(seed: int) -> No
 def test_values_outside_are_told_apart() -> None:
     space = read_space(CONDITIONAL, "here")
     dropout, blocks = space.parameters["model.dropout"], space.parameters["model.blocks"]
-    assert [dropout.holds(value) for value in (0.0, 0.15, 0.5, 0.17, 0.55, "0.1")] == [True, True, True] + [False] * 3
+    assert [dropout.holds(value) for value in (0.0, 6 * 0.05, 10 * 0.05, 0.17, 0.55, "0.1")] == [True, True, True] + [False] * 3
     assert [blocks.holds(value) for value in (1, 4, 5)] == [True, True, False]
     assert (
         space.parameters["optimizer.expert_lr"].describe() == "loguniform from 0.002 to 0.2, when model.mixing is smoe"

@@ -192,7 +192,7 @@ def learning_curves(trials: Trials) -> go.Figure | None:
             opacity=1 if thick else 0.65,
             # What is still running is as pale as what was stopped.
             line={"color": COLOURS.get(kind, COLOURS["stopped"]), "width": 2.8 if thick else 1.2},
-            marker={"size": 6 if thick else 4},
+            marker={"size": 6 if thick or len(record.history) == 1 else 4},
             hovertext=described(trials, record, record.best(trials.objective.metric)),
             hoverinfo="text",
         )
@@ -301,7 +301,8 @@ def importance_bars(found: list[Importance]) -> go.Figure | None:
     mark = {"symbol": "line-ns", "size": 16, "line": {"width": 2, "color": COLOURS["failed"]}}
     names = [html.escape(name) for name in shares]
     figure.add_scatter(x=[one.chance for one in found], y=names, mode="markers", marker=mark, hoverinfo="skip")
-    return figure.update_xaxes(tickformat=".0%", rangemode="tozero")
+    longest = max(max(one.share, one.chance) for one in found)
+    return figure.update_xaxes(tickformat=".0%", range=[0, 1.15 * longest])  # with room for the texts
 
 
 def slices(trials: Trials) -> dict[str, go.Figure]:

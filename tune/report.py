@@ -222,7 +222,9 @@ def _settings(trials: Trials) -> str:
         rows.append([name, before, now, parameter.describe()])
         classes.append("winner" if trials.winner is not None and now != before else "")
     name = f"winner ({trials.winner.name})" if trials.winner is not None else "winner"
-    note = f"{NOTHING}: not in force with the others, or there is no winner. Marked: where the winner is different."
+    note = (
+        f"{NOTHING}: not in force beside the other settings, or not known yet. Marked: where the winner is different."
+    )
     return heading + table(["setting", "preset", name, "searched"], rows, text=4, classes=classes) + paragraph(note)
 
 

@@ -100,7 +100,8 @@ class Parameter:
         """Whether a value can be drawn."""
         if self.choices:
             return value in self.choices
-        if not isinstance(value, int | float) or not self.low <= value <= self.high:
+        rounding = 1e-9 * (self.high - self.low)  # six steps of 0.05 are a little more than 0.3
+        if not isinstance(value, int | float) or not self.low - rounding <= value <= self.high + rounding:
             return False
         return self.step is None or math.isclose(math.remainder(value - self.low, self.step), 0, abs_tol=1e-9)
 
