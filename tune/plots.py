@@ -331,8 +331,10 @@ def slices(trials: Trials) -> dict[str, go.Figure]:
         if parameter.log and low > 0:
             low, high, ticks = math.log10(low), math.log10(high), number_ticks(parameter)
             figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+        elif parameter.integer:
+            figure.update_xaxes(dtick=max(1, round((high - low) / 5)), tick0=low, tickformat="d")
         else:
-            figure.update_xaxes(nticks=6, tickformat="d" if parameter.integer else None)
+            figure.update_xaxes(nticks=6)
         figure.update_xaxes(range=[low - 0.06 * (high - low), high + 0.06 * (high - low)])
     return figures
 

@@ -90,7 +90,8 @@ class Parameter:
         if self.integer:
             step = 1 if self.step is None else int(self.step)
             return trial.suggest_int(self.name, int(self.low), int(self.high), step=step, log=self.log)
-        return trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log)
+        value = trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log)
+        return value if self.step is None else round(value, 12)  # three steps of 0.05 are 0.15000000000000002
 
     def ends(self) -> tuple[Any, ...]:
         """The choices, or both ends of the range."""
