@@ -274,7 +274,7 @@ def test_commands_of_the_page_have_options_that_exist() -> None:
             seen.add("python")
         if "ray" in words:
             command, *arguments = words[words.index("ray") + 1 :]
-            ray_cli.commands[command].make_context(command, arguments)
+            ray_cli.commands[command].make_context(command, list(arguments))
             seen.add("ray")
             if command == "exec":
                 *_, shell = arguments

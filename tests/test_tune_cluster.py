@@ -27,8 +27,8 @@ RAY = Path(sys.executable).with_name("ray")
 
 def test_the_launchers_cluster_is_one_by_rays_own_schema() -> None:
     config = yaml.safe_load((ROOT / "docker" / "ray-cluster.yaml").read_text())
-    validate_config(config)
     ready = prepare_config(config)
+    validate_config(ready)
     assert ready["provider"]["type"] == "local"
     # Two workers and the head, all from the start: a search counts its nodes when it begins.
     assert ready["max_workers"] == 2
@@ -134,13 +134,24 @@ def test_a_search_uses_both_nodes_and_data_by_url(cluster: str, tmp_path: Path) 
     wait_for_port(cluster)
 
 
-def test_no_cluster_at_the_address_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:{port}", "no Ray cluster answers there"),
+        ("ray://127.0.0.1:{port}", "run m5 tune on a node of the cluster"),
+        ("auto", "the cluster cannot be joined"),
+    ],
+)
+def test_no_cluster_at_the_address_is_said(tmp_path: Path, address: str, said: str) -> None:
     data = tmp_path / "data"
     write_world(data, users=30)
     space = write_space(tmp_path, {"optimizer.lr": {"loguniform": [1e-3, 1e-2]}})
-    address = f"127.0.0.1:{free_port()}"
+    address = address.format(port=free_port())
     command = [sys.executable, "-m", "m5.cli", "tune", "--data", str(data), "--space", str(space)]
     command += ["--out", str(tmp_path / "out"), "--address", address]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    # Where no cluster's files are; else `auto` would find another test's.
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment["RAY_TMPDIR"] = str(tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200, env=environment)
     assert done.returncode == 2, done.stderr
-    assert f"--address {address}: no Ray cluster could be joined there" in done.stderr
+    assert f"--address {address}: {said}" in done.stderr

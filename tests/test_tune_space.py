@@ -181,7 +181,8 @@ def test_what_is_drawn_lies_in_the_space_and_is_a_configuration(seed: int) -> No
 def test_values_outside_are_told_apart() -> None:
     space = read_space(CONDITIONAL, "here")
     dropout, blocks = space.parameters["model.dropout"], space.parameters["model.blocks"]
-    assert [dropout.holds(value) for value in (0.0, 6 * 0.05, 10 * 0.05, 0.17, 0.55, "0.1")] == [True, True, True] + [False] * 3
+    assert all(dropout.holds(value) for value in (0.0, 6 * 0.05, 10 * 0.05))
+    assert not any(dropout.holds(value) for value in (0.17, 0.55, "0.1", None))
     assert [blocks.holds(value) for value in (1, 4, 5)] == [True, True, False]
     assert (
         space.parameters["optimizer.expert_lr"].describe() == "loguniform from 0.002 to 0.2, when model.mixing is smoe"

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from tune.settings import Plan
 from tune.study import GivenSearcher
 from tune.trial import TrialTrainer, run_trial
 
+LISTENS = 10.0  # seconds in which a cluster's head must accept a connection
 # Set before Ray is started; what the user has set stays.
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables; tune.live has ours
@@ -185,17 +187,34 @@ def cluster(address: str | None, plan: Plan) -> Iterator[int]:
     if address is None:
         options |= {"address": "local", "include_dashboard": False}
     else:
+        _require_listener(address)
         options |= {"address": address}
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # which trials have failed is told by name and reason
     try:
         ray.init(**options, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        raise ConfigError(f"--address {address}: no Ray cluster could be joined there: {error}") from None
+        what = "Ray could not be started" if address is None else f"--address {address}: the cluster cannot be joined"
+        raise ConfigError(f"{what}: {error}") from None
     try:
         yield room(plan)
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Raises ConfigError where nothing answers at the address: Ray itself would try for minutes before it says so."""
+    if "://" in address:
+        raise ConfigError(
+            f"--address {address}: run m5 tune on a node of the cluster, with auto or the head's host:port; Ray Client "
+            "would have the search's folder be another machine's."
+        )
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=LISTENS).close()
+        except OSError as error:
+            raise ConfigError(f"--address {address}: no Ray cluster answers there ({error}).") from None
 
 
 def room(plan: Plan) -> int:
