@@ -278,7 +278,7 @@ def test_commands_of_the_page_have_options_that_exist() -> None:
             seen.add("ray")
             if command == "exec":
                 *_, shell = arguments
-                parse(shlex.split(shell.partition("/m5 ")[2]))
+                parse(shlex.split(shell.partition("bin/m5 ")[2]))
         if words[:2] == ["docker", "build"]:
             assert words[words.index("-f") + 1].removeprefix("docker/") in DOCKERFILES
             seen.add("docker")
