@@ -167,6 +167,17 @@ def test_a_killed_search_goes_on_and_runs_no_ended_trial_again(data: Path, tmp_p
     assert [before[name]["status"] for name in sorted(before)][:3] == ["finished", "finished", "running"]
     untouched = {name: os.stat(out / "trials" / name / "metrics.jsonl").st_mtime_ns for name in ("0000", "0001")}
     epochs = len((out / "trials" / "0002" / "metrics.jsonl").read_text().splitlines())
+    # Ctrl-C, as soon as it has gone on: it says what to do, leaves a report, and keeps what was done.
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen([*command, "--resume"], stdout=log, stderr=log, cwd=ROOT)
+        deadline = time.monotonic() + 120
+        while records(out)["0002"]["attempts"] < 2 and driver.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(60) == 130
+    assert "the same command with --resume goes on" in (tmp_path / "log").read_text()
+    assert (out / "report.html").is_file()
+    assert records(out)["0002"]["status"] == "running"
     assert main([*command[3:], "--resume"]) == 0
     after = records(out)
     assert [name for name in after if name.isdigit()] == [f"{place:04}" for place in range(4)]
@@ -175,7 +186,7 @@ def test_a_killed_search_goes_on_and_runs_no_ended_trial_again(data: Path, tmp_p
         assert after[name] == before[name]
         assert os.stat(out / "trials" / name / "metrics.jsonl").st_mtime_ns == changed
     # The third has gone on where it was: its log holds each epoch once, and its first lines are those of before.
-    assert after["0002"]["attempts"] == 2
+    assert after["0002"]["attempts"] == 3
     assert [row["epoch"] for row in after["0002"]["history"]] == list(range(25))
     assert epochs > 3
     assert {"preset-1", "winner-1"} >= set(after) - {f"{place:04}" for place in range(4)} != set()
