@@ -200,20 +200,22 @@ def test_a_trial_of_two_ranks_is_one_world_by_ray_train(data: Path, tmp_path: Pa
         pytest.skip("needs two cores")
     space = write_space(
         tmp_path,
-        {"optimizer.lr": {"choice": [0.002, 0.004, 1e30]}},
-        search={"trials": 3, "scheduler": "none", "seeds": 0},
+        {"optimizer.lr": {"choice": [0.002, 0.004, 1e-7, 1e30]}},
+        settings={"optimizer.table_lr": 1e-7, "training.epochs": 3},
+        search={"trials": 4, "seeds": 0, "concurrent": 1},
         trial={"ranks": 2},
     )
     out = tmp_path / "out"
-    summary = search(preset="default", data=str(data), space=space, out=out, overrides=[])
+    search(preset="default", data=str(data), space=space, out=out, overrides=[])
     found = {one["values"]["optimizer.lr"]: one for one in records(out).values()}
-    assert summary.counts["finished"] == 2
-    assert [row["epoch"] for row in found[0.004]["history"]] == [0, 1]
-    # Both ranks have written their part of the training: the run knows of a world of two.
-    assert found[0.002]["history"][-1]["ndcg@10"] != found[0.004]["history"][-1]["ndcg@10"]
-    assert found[1e30]["status"] == "failed"
+    assert [row["epoch"] for row in found[0.002]["history"]] == [0, 1, 2]
+    assert (found[1e30]["status"], found[1e30]["attempts"]) == ("failed", 1)
     assert "training diverged" in found[1e30]["reasons"][0]
-    assert found[1e30]["attempts"] == 1
+    # The ranks of what ended early have ended with it: on two cores, the trials behind it could not have begun.
+    assert found[1e-7]["status"] == "stopped"
+    began = {one["name"]: one["began_at"] for one in found.values()}
+    assert found[1e-7]["name"] < max(began), "choose another seed: the stopped trial is to be followed by others"
+    assert sorted(began, key=lambda name: began[name]) == sorted(began)
 
 
 @pytest.mark.parametrize("objective", ["constrained", "pareto"])

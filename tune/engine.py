@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import cloudpickle
+from ray import PlacementGroupID, cloudpickle
 from ray import tune as ray_tune
 from ray.air.constants import EXPR_ERROR_PICKLE_FILE
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig
 from ray.tune.experiment import Trial
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from m5.config import ConfigError
 from tune.records import Folder, Record
@@ -35,6 +36,8 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files that repeat the runs' own
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C would have every trial count as complete
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    # A trial of several ranks that is ended early waits for Ray Train, which does not know of it.
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "3",
     "TUNE_MAX_PENDING_TRIALS_PG": "1",  # a trial is proposed when there is room for it, with all that is known by then
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_THRESHOLD_S": "30",
@@ -101,6 +104,7 @@ class Recorder(Callback):
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         record = self.record(trial)
         record.reasons.append(self.reason(trial, record))
+        give_back(placement_file(self.folder, record))
         record.status = "waiting"
         self._keep(record)
 
@@ -111,6 +115,7 @@ class Recorder(Callback):
         self._end(record)
 
     def _end(self, record: Record) -> None:
+        give_back(placement_file(self.folder, record))
         self._keep(record)
         # The whole training state, optimizer included, is for going on; RUN/best stays.
         shutil.rmtree(self.folder.run(record) / "checkpoints", ignore_errors=True)
@@ -125,6 +130,21 @@ class Recorder(Callback):
             error = cloudpickle.loads(pickled.read_bytes())
             pickled.unlink()
         return said if said is not None else describe(error)
+
+
+def placement_file(folder: Folder, record: Record) -> Path:
+    return folder.path / "records" / f"{record.name}.placement"
+
+
+def give_back(path: Path) -> None:
+    """Give the cores and GPUs of a trial's ranks back, and end the ranks if they live.
+
+    A trial that is ended early is killed, and with it the part of Ray Train that would do so: the next trial would wait
+    for ever.
+    """
+    if path.is_file():
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(path.read_text()))))
+        path.unlink()
 
 
 def said_by(folder: Folder, record: Record) -> str | None:
@@ -272,6 +292,7 @@ class Engine:
             "run": run.model_dump(mode="json") | {"training": training},
             "data": self.data,
             "said": str(self.folder.path / "records" / f"{record.name}.said"),
+            "placement": str(placement_file(self.folder, record)),
             "ray": str(self.folder.path / "ray"),
             "trainer": self.trainer,
             **trial.model_dump(),

@@ -215,8 +215,8 @@ def read_plan(preset: str, space: Path, overrides: list[str]) -> Plan:
     whole = changed(preset_settings(preset), fixed)
     decided = {"training.threads": config.trial.cpus, "training.device": "cuda" if config.trial.gpus else "cpu"}
     base = changed(whole, decided) | {"data": "data", "out": "out"}
-    validated(changed(base, config.search.final), f"preset {preset} with search.final")
     validated(base, f"preset {preset} with {', '.join(fixed) or 'no changes'}")
+    validated(changed(base, config.search.final), f"preset {preset} with search.final")
     varied = read_space(config.space, str(space))
     return Plan(config, varied, whole, base, str(space), check_space(varied, base, str(space)))
 

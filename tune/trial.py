@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import statistics
 import threading
 import time
@@ -19,11 +20,13 @@ import psutil
 import torch
 from torch import Tensor
 
+from m5.best import BEST
+from m5.checkpoint_files import checkpoints_in
 from m5.config import RunConfig
 from m5.data.loader import Loader
 from m5.mistakes import explain
 from m5.progress import TrainingLog
-from m5.resume import LOCK, Position, Resume
+from m5.resume import CHECKPOINTS, LOCK, Position, Resume
 from m5.step import Stepped
 from m5.train import Schedule, Trainer, train
 from tune.records import MEMORY, TARGETS_PER_SECOND, locked, read_history, write_whole
@@ -124,7 +127,8 @@ def work(task: dict[str, Any]) -> None:
 
     Args:
         task: "run": the configuration; "data": folder or URL; "memory_gb", "gpus": limits of this rank or None; "said":
-            file for the reason of an end that no exception can tell; "trainer": `TrialTrainer`, or one that does more.
+            file for the reason of an end that no exception can tell; "ranks", "placement": how many, and the file for
+            where they are; "trainer": `TrialTrainer`, or one that does more.
     """
     import logging
 
@@ -139,7 +143,20 @@ def work(task: dict[str, Any]) -> None:
         MemoryGuard(task["memory_gb"], Path(task["said"])).start()
     if 0 < task["gpus"] < 1:
         torch.cuda.set_per_process_memory_fraction(task["gpus"])
+    if task["ranks"] > 1:
+        _note_placement(Path(task["placement"]))
     train(config, resume="yes", trainer=task["trainer"])
+
+
+def _note_placement(path: Path) -> None:
+    """The first rank tells which cores and GPUs Ray has put the ranks on, for `tune.engine` to give them back."""
+    import ray
+    from ray import train as ray_train
+
+    if ray_train.get_context().get_world_rank() == 0:
+        placement = ray.util.get_current_placement_group()
+        assert placement is not None, "Ray Train places its workers as a group"
+        write_whole(path, placement.id.hex())
 
 
 def run_trial(task: dict[str, Any]) -> None:
@@ -154,7 +171,12 @@ def run_trial(task: dict[str, Any]) -> None:
         if lock.is_file():
             with locked(lock, f"{lock} is held: the earlier attempt has not ended in {PATIENCE:.0f} s.", PATIENCE):
                 pass
-        Path(task["said"]).unlink(missing_ok=True)
+        for note in ("said", "placement"):
+            Path(task[note]).unlink(missing_ok=True)
+        run = Path(task["run"]["out"])
+        if not checkpoints_in(run / CHECKPOINTS):
+            # Killed between its first validation and its first checkpoint: `--resume` would refuse to lose the weights.
+            shutil.rmtree(run / BEST, ignore_errors=True)
         if task["ranks"] == 1:
             work(task)
         else:
@@ -173,11 +195,19 @@ def _ranks(task: dict[str, Any]) -> None:
     from ray.train import RunConfig as TrainRunConfig
     from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.tune.integration.ray_train import TuneReportCallback
+
+    class Ranks(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            # Ray's cleaner of what a killed trial leaves asks the dashboard, which is off, and so never ends itself.
+            # `tune.engine` does its work.
+            callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # of Ray Train's second version
+            return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
 
     gpus = task["gpus"] > 0
     tell: Any = TuneReportCallback()  # by Ray's annotations it is of another class than `callbacks` takes
-    TorchTrainer(
+    Ranks(
         work,
         train_loop_config=task,
         # The model's collectives run on the GPUs, those that agree on metrics and settings on the CPU.
