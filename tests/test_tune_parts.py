@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pandas as pd
 import pytest
 import yaml
 from ray.tune.schedulers import TrialScheduler
+from rich.console import Console
 
 from m5.config import ConfigError, RunConfig, load_config
 from tune.engine import describe, said_by
+from tune.live import LiveTable
 from tune.objective import Objective
 from tune.outputs import trials_table, write_outputs
 from tune.records import MEMORY, TARGETS_PER_SECOND, Folder, Record, opened, read_history
@@ -121,6 +124,20 @@ def test_the_first_trial_is_the_preset_and_no_settings_come_twice(tmp_path: Path
     values = [one.values["model.blocks"] for one in made.folder.of("search")]
     assert values[0] == plan.preset.model.blocks
     assert sorted(values) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("missing", ["0000", "0002", "0004"])
+def test_a_record_that_was_taken_away_is_made_again(tmp_path: Path, missing: str) -> None:
+    plan = make_plan(tmp_path, "search.trials=5")
+    names = [f"{place:04}" for place in range(5)]
+    before = [record(name, row(0.1), **{"optimizer.lr": 0.002 + place / 1000}) for place, name in enumerate(names)]
+    made = searcher(plan, tmp_path, *(one for one in before if one.name != missing), concurrent=9)
+    left = made.folder.path / "trials" / missing / "best"
+    left.mkdir(parents=True)
+    assert [made.suggest("a"), made.suggest("b")] == [{"record": missing}, "FINISHED"]
+    assert sorted(made.folder.records) == names
+    assert (made.folder.records[missing].values["optimizer.lr"] == plan.preset.optimizer.lr) == (missing == "0000")
+    assert not left.exists(), "its training is another one's"
 
 
 def test_only_so_many_trials_run_at_a_time(tmp_path: Path) -> None:
@@ -246,7 +263,7 @@ def test_a_search_belongs_to_its_settings_and_to_one_process(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="holds a search with 1 ended trials"):
         opened(tmp_path / "out", identity, resume=False).__enter__()
     other = make_plan(tmp_path, "training.epochs=3").identity()
-    with pytest.raises(ConfigError, match="cannot resume: settings of the search"):
+    with pytest.raises(ConfigError, match=r"cannot resume .*: settings\.training.* was null and is {\"epochs\": 3}"):
         opened(tmp_path / "out", other, resume=True).__enter__()
     # More trials, other means: that is the same search.
     longer = make_plan(tmp_path, "search.trials=99", "search.seeds=1", "trial.memory_gb=3").identity()
@@ -310,6 +327,32 @@ def test_the_verdict_goes_by_the_spread_over_seeds() -> None:
     assert "Within chance" in verdict((0.1, 0.2, 0.3), (0.11, 0.21, 0.31))
     assert "tells nothing of the spread" in verdict((0.1,), (0.2,))
     assert "it was there already" in verdict((0.1,), (0.2,), winner="0000")
+
+
+def test_trainings_on_seeds_count_for_their_own_trial(tmp_path: Path) -> None:
+    """A search that went on may have found another winner."""
+    folder, objective = Folder(tmp_path), Objective(ObjectiveSettings(), METRIC)
+    folder.write(record("0000", row(0.1)))
+    folder.write(record("0001", row(0.3), **{"optimizer.lr": 0.005}))
+    for place, (rate, quality) in enumerate([(0.005, 0.28), (0.004, 0.9), (0.005, 0.26)], start=1):
+        values = record("", **{"optimizer.lr": rate}).values | {"training.epochs": 9}
+        one = Record(f"winner-{place}", "winner", values, place, "finished", history=[row(quality)])
+        folder.write(one)
+    assert Summary.of(folder, objective).again == Spread((0.28, 0.26))
+    folder.forget(folder.records["winner-1"])
+    assert sorted(path.name for path in (tmp_path / "records").iterdir()) == [
+        *("0000.json", "0001.json", "winner-2.json", "winner-3.json")
+    ]
+
+
+def test_what_an_exception_says_is_no_markup(tmp_path: Path) -> None:
+    folder, objective = Folder(tmp_path), Objective(ObjectiveSettings(), METRIC)
+    failed = record("0001", status="failed")
+    failed.reasons.append("raised OSError: [/data] [red]gone[/blue]")
+    folder.write(failed)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(LiveTable(folder, objective, 3).table())
+    assert failed.reasons[0] in console.export_text()
 
 
 # ---- reasons ---------------------------------------------------------------------------------------------------------

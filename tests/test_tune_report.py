@@ -53,7 +53,7 @@ def trial(number: int, values: dict[str, Any], status: str, *history: dict[str, 
 
 def seeds(role: str, *qualities: float) -> list[Record]:
     return [
-        Record(f"{role}-{seed}", role, MLP, seed, "finished", history=[row(0, quality)])  # type: ignore[arg-type]
+        Record(f"{role}-{seed}", role, SMOE if role == "winner" else MLP, seed, "finished", history=[row(0, quality)])  # type: ignore[arg-type]
         for seed, quality in enumerate(qualities, start=1)
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,9 @@ def test_a_killed_search_goes_on_and_runs_no_ended_trial_again(data: Path, tmp_p
     assert "the same command with --resume goes on" in (tmp_path / "log").read_text()
     assert (out / "report.html").is_file()
     assert records(out)["0002"]["status"] == "running"
+    # As if it had been killed between its first validation and its first checkpoint: it has weights, and begins anew.
+    shutil.rmtree(out / "trials" / "0002" / "checkpoints")
+    assert (out / "trials" / "0002" / "best").is_dir()
     assert main([*command[3:], "--resume"]) == 0
     after = records(out)
     assert [name for name in after if name.isdigit()] == [f"{place:04}" for place in range(4)]
@@ -185,7 +189,7 @@ def test_a_killed_search_goes_on_and_runs_no_ended_trial_again(data: Path, tmp_p
     for name, changed in untouched.items():
         assert after[name] == before[name]
         assert os.stat(out / "trials" / name / "metrics.jsonl").st_mtime_ns == changed
-    # The third has gone on where it was: its log holds each epoch once, and its first lines are those of before.
+    # The third's log holds each epoch once.
     assert after["0002"]["attempts"] == 3
     assert [row["epoch"] for row in after["0002"]["history"]] == list(range(25))
     assert epochs > 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ def plan(tmp_path: Path, space: Any, *overrides: str, preset: str = "default", *
         ({"model.dropout": {"uniform": [0.0, 0.5], "step": 0.2}}, r"steps of 0\.2 do not reach 0\.5"),
         ({"model.dropout": {"uniform": [0.0, 0.5], "step": 0.6}}, r"step 0\.6 does not fit"),
         ({"model.blocks": {"uniform": [1, 2.5]}}, "is a whole number"),
+        ({"optimizer.lr": {"choice": ["0.001", "0.002"]}}, r'lr: "0.001" is str, .* is float. YAML reads 1e-3 as text'),
+        ({"model.blocks": {"choice": [True, 2]}}, r"blocks: true is bool, and the setting is int"),
+        ({"model.dropout": {"choice": [0, 0.0]}}, "has a value twice"),
+        ({"optimizer.lr": {"choice": [date(2024, 1, 1)]}}, "has a value that no setting takes, such as a date"),
+        (
+            {"model.mixing": {"choice": ["smoe", "mlp"]}, "optimizer.expert_lr": RATE | {"when": {"model.mixing": []}}},
+            "when has no value under which it holds",
+        ),
         ({"optimizer.lr": {"loguniform": [0, 0.1]}}, "loguniform begins above 0"),
         ({"optimizer.lr": {"loguniform": [1e-4, 1e-2], "step": 1e-4}}, "step has no meaning beside loguniform"),
         ({"seed": {"choice": [1, 2]}}, "seed is not searched: trials share one"),
@@ -111,6 +120,7 @@ def test_a_mistake_in_the_space_is_said(tmp_path: Path, space: Any, said: str) -
         ({}, ("training.threads=4",), "training.threads is decided by trial.cpus"),
         ({}, ("search.trails=3",), "there is no 'search.trails'; search has search.trials"),
         ({}, ("search.trials=many",), r"search\.trials"),
+        ({"search": None}, ("search.trials=4",), "`search` of the file holds no settings"),
         ({}, ("trial.gpus=0.5", "trial.ranks=2"), "ranks of one world cannot share a GPU"),
         ({"objective": {"kind": "pareto"}, "search": {"scheduler": "asha"}}, (), "ends trials by quality alone"),
         ({"objective": {"kind": "pareto", "measures": ["quality"]}}, (), "two or three"),

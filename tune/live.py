@@ -17,6 +17,8 @@ from tune.records import TARGETS_PER_SECOND, Folder, Record
 ROWS = 20  # of the table: what is running, then the best
 STYLES = {"running": "bold", "finished": "", "stopped": "dim", "failed": "red", "waiting": "dim"}
 
+AGAIN = ("failed", "waiting")  # a waiting trial with a reason is begun again
+
 
 def shown(value: Any) -> str:
     """A setting's value in few characters."""
@@ -96,9 +98,8 @@ class LiveTable:
                 str(int(record.history[-1]["epoch"]) + 1) if record.history else "",
                 f"{best[metric]:.4f}" if best else "",
                 f"{best[TARGETS_PER_SECOND]:,.0f}" if best else "",
-                record.reasons[-1]
-                if record.status in ("failed", "waiting") and record.reasons
-                else settings_of(record),
+                # As text: what an exception has said may look like rich's markup.
+                Text(record.reasons[-1] if record.status in AGAIN and record.reasons else settings_of(record)),
                 style=STYLES[record.status],
             )
         ended = sum(record.ended for record in self.folder.of("search"))

@@ -65,7 +65,7 @@ def best_preset(plan: Plan, record: Record, summary: Summary, out: Path) -> str:
     preset = plan.base["preset"]
     return (
         f"# Trial {record.name} of {out.name}, which began with preset {preset}; seed {record.seed}: {told}.\n"
-        f"{again}#   m5 train --preset {out.name}/best.yaml --data DATA --out RUN\n"
+        f"{again}#   m5 train --preset THIS_FILE --data DATA --out RUN\n"
         + yaml.safe_dump(_plain(settings), sort_keys=False)
     )
 

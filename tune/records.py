@@ -5,6 +5,7 @@ They, and the folders of the trials' own trainings, are all that a search keeps.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -20,7 +21,9 @@ from m5.config import ConfigError
 
 Role = Literal["search", "preset", "winner"]
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
+PRESET = "0000"  # the trial with the preset's own settings
 ENDED = ("finished", "stopped", "failed")
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what file systems say that have none
 TARGETS_PER_SECOND, MEMORY = "targets_per_second", "peak_memory_gb"
 
 
@@ -91,6 +94,12 @@ class Folder:
         shutil.rmtree(self.run(record), ignore_errors=True)
         self.write(record)
 
+    def forget(self, record: Record) -> None:
+        """Remove a record and its training."""
+        shutil.rmtree(self.run(record), ignore_errors=True)
+        (self.path / "records" / f"{record.name}.json").unlink(missing_ok=True)
+        del self.records[record.name]
+
     def read(self) -> None:
         for path in sorted((self.path / "records").glob("*.json")):
             try:
@@ -133,14 +142,20 @@ def opened(path: Path, identity: dict[str, Any], resume: bool) -> Iterator[Folde
                 )
             # Through JSON, as what was written was: tuples come back as lists.
             before, now = json.loads(asked.read_text()), json.loads(json.dumps(identity))
-            if different := [name for name in now if before.get(name) != now[name]]:
-                raise ConfigError(
-                    f"cannot resume: {', '.join(different)} of the search in {path} "
-                    f"{'were' if len(different) > 1 else 'was'} different. Choose another --out."
-                )
+            if different := list(differences(before, now)):
+                raise ConfigError(f"cannot resume {path}: {'; '.join(different[:3])}. Choose another --out.")
         else:
             write_whole(asked, json.dumps(identity, indent=1))
         yield folder
+
+
+def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What has changed between two nested mappings, by dotted name."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before | now:
+            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield f"{name} was {json.dumps(before)} and is {json.dumps(now)}"
 
 
 @contextmanager
@@ -160,8 +175,10 @@ def locked(path: Path, message: str, seconds: float = 0.0) -> Iterator[None]:
                 if time.monotonic() >= deadline:
                     raise ConfigError(message) from None
                 time.sleep(0.2)
-            except OSError:
-                break  # a file system without locks
+            except OSError as error:
+                if error.errno not in WITHOUT_LOCKS:
+                    raise
+                break
         yield
 
 

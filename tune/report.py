@@ -16,9 +16,9 @@ from tune import plots
 from tune.importance import BEST, FEWEST, importances
 from tune.objective import COLUMNS, Objective
 from tune.plots import COLOURS, EMPHASISED, Trials, shown
-from tune.records import Folder, Record, write_whole
+from tune.records import PRESET, Folder, Record, write_whole
 from tune.settings import Plan
-from tune.summary import Spread, Summary
+from tune.summary import Spread, Summary, of_trial
 
 PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -182,7 +182,11 @@ def leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _seeds(folder: Folder, summary: Summary) -> str:
     """Preset and winner over seeds: mean, standard deviation and each value."""
     heading = "<h2>Preset and winner over seeds</h2>"
-    by_role = {role: {record.seed: record for record in folder.of(role)} for role in ("preset", "winner")}
+    trials = {"preset": folder.records.get(PRESET), "winner": summary.winner}
+    by_role = {
+        role: {record.seed: record for record in of_trial(folder.of(role), trial)}  # type: ignore[arg-type]
+        for role, trial in trials.items()
+    }
     seeds = sorted({seed for records in by_role.values() for seed in records})
     if not seeds:
         return heading + paragraph("They were not trained on further seeds.")

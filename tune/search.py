@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m5.config import ConfigError
+from tune.records import PRESET
 from tune.settings import Plan, read_plan
 
 if TYPE_CHECKING:
@@ -122,11 +123,13 @@ class _Search:
                 self._baseline()
                 self._trials()
                 self._seeds()
-        except KeyboardInterrupt:
-            self._write(report=True)
-            self.table.say(
-                f"stopped; the same command with --resume goes on. So far: {self.folder.path / 'report.html'}"
-            )
+        except BaseException as error:
+            # Whatever it is, what was found before is reported; and should that fail, too, the first error is told.
+            with suppress(Exception):
+                self._write(report=True)
+            if isinstance(error, KeyboardInterrupt):
+                page = self.folder.path / "report.html"
+                self.table.say(f"stopped; the same command with --resume goes on. So far: {page}")
             raise
         summary = self._write(report=True)
         _print(summary, self.folder)
@@ -147,8 +150,9 @@ class _Search:
     def _preset_as_baseline(self) -> dict[str, float]:
         from tune.study import GivenSearcher, preset_record
 
-        records = self.folder.records
-        first = records.get("0000") or preset_record(self.plan, self.folder)
+        first = self.folder.records.get(PRESET)
+        if first is None or first.status == "failed":
+            first = preset_record(self.plan, self.folder)
         if not first.ended:
             self.engine.run(
                 GivenSearcher([first], task=self.engine.task, concurrent=1), self._scheduler(early=False), self._changed
@@ -156,8 +160,8 @@ class _Search:
         best = first.best(self.metric)
         if first.status != "finished" or best is None:
             raise ConfigError(
-                f"the preset, with which scenarios are compared, was not trained to its end: {first.reasons[-1:]}. "
-                "Mend it, or give objective.baseline."
+                f"the preset, with which scenarios are compared, was not trained to its end: {first.status}"
+                f"{f', {first.reasons[-1]}' if first.reasons else ''}. Go on with --resume, or give objective.baseline."
             )
         return best
 
@@ -186,18 +190,23 @@ class _Search:
         summary = self._summary()
         if summary.winner is None:
             return
-        first = self.folder.records["0000"]
-        roles = {"preset": first.values} | ({"winner": summary.winner.values} if summary.winner is not first else {})
+        first = self.folder.records.get(PRESET)
+        roles = {"preset": first.values} if first is not None else {}
+        roles |= {"winner": summary.winner.values} if summary.winner is not first else {}
+        for old in [*self.folder.of("preset"), *self.folder.of("winner")]:
+            # Of an earlier winner, or of more seeds than are asked for now.
+            asked = roles.get(old.role, {}) | self.plan.config.search.final
+            if old.values != asked or old.seed > self.plan.preset.seed + self.plan.config.search.seeds:
+                self.folder.forget(old)
         given: list[Record] = []
         for place in range(1, self.plan.config.search.seeds + 1):
             for role, values in roles.items():
                 record = self.folder.records.get(f"{role}-{place}")
-                asked = values | self.plan.config.search.final
-                if record is None or record.values != asked:
+                if record is None:
                     record = Record(
                         name=f"{role}-{place}",
                         role=role,  # type: ignore[arg-type]
-                        values=asked,
+                        values=values | self.plan.config.search.final,
                         seed=self.plan.preset.seed + place,
                     )
                     self.folder.renew(record)
@@ -250,4 +259,4 @@ def _print(summary: Summary, folder: Folder) -> None:
     print(summary.verdict())
     print(f"report: {folder.path / 'report.html'}")
     if summary.winner is not None:
-        print(f"next:   m5 train --preset {folder.path / 'best.yaml'} --data DATA --out RUN", file=sys.stdout)
+        print(f"next:   m5 train --preset {folder.path / 'best.yaml'} --data DATA --out RUN")

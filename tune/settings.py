@@ -30,7 +30,7 @@ class _Section(BaseModel):
 class SearchSettings(_Section):
     """How the space is searched."""
 
-    trials: int = Field(20, ge=1, description="Settings to try; the first are the preset's own.")
+    trials: int = Field(20, ge=1, description="Settings to try; the first is the preset as it is.")
     sampler: Literal["tpe", "random"] = Field(
         "tpe", description="Optuna's tree-structured Parzen estimator, or chance."
     )
@@ -46,7 +46,9 @@ class SearchSettings(_Section):
         {}, description="Settings by dotted name that those trainings have instead, e.g. more epochs or all targets."
     )
     concurrent: int | None = Field(None, ge=1, description="Trials at a time; none: as many as the resources allow.")
-    max_minutes: float | None = Field(None, gt=0, description="Start no trial after this long.")
+    max_minutes: float | None = Field(
+        None, gt=0, description="Start no trial after this long, counted anew after --resume."
+    )
 
 
 class ObjectiveSettings(_Section):
@@ -166,8 +168,10 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What must be the same when a search is resumed; how long and with what means it goes on may change."""
         objective = self.config.objective.model_dump(mode="json")
+        if self.config.objective.baseline is not None:
+            objective["baseline"] = str(self.config.objective.baseline.resolve())
         return {
-            "settings": {name: value for name, value in self.base.items() if name not in ("data", "out")},
+            "settings": self.fixed,
             "space": self.config.space,
             "sampler": self.config.search.sampler,
             "objective": objective,
@@ -231,7 +235,9 @@ def _set_own(entries: dict[str, Any], override: str) -> None:
     if not separator or key not in known:
         there = ", ".join(one for one in known if one.startswith(f"{section}."))
         raise ConfigError(f"override '{override}': there is no '{key}'; {section} has {there}.")
+    if not isinstance(entries.setdefault(section, {}), dict):
+        raise ConfigError(f"override '{override}': `{section}` of the file holds no settings.")
     try:
-        entries.setdefault(section, {})[name] = yaml.safe_load(text)
+        entries[section][name] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"override '{override}': '{text}' is not a value, e.g. 128, true, word or [a, b].") from None

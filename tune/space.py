@@ -255,10 +255,13 @@ def _parameter(name: str, entry: Any, place: str) -> Parameter:
             raise ConfigError(f"{place}: choice must be a list with at least one value.")
         if "step" in entry:
             raise ConfigError(f"{place}: step has no meaning beside choice.")
-        parameter = Parameter(name, choices=tuple(choices), when=when)
-        if len(set(map(str, parameter.labels()))) < len(choices):
+        if any(value in choices[:index] for index, value in enumerate(choices)):
             raise ConfigError(f"{place}: choice has a value twice.")
-        return parameter
+        try:
+            json.dumps(choices)
+        except TypeError:
+            raise ConfigError(f"{place}: choice has a value that no setting takes, such as a date.") from None
+        return Parameter(name, choices=tuple(choices), when=when)
     kind = next(kind for kind in RANGES if kind in entry)
     return _range(name, kind, entry, when, place)
 
@@ -302,6 +305,8 @@ def _number(value: Any) -> float | None:
 def _conditions(entry: Any, place: str) -> Mapping[str, tuple[Any, ...]]:
     if not isinstance(entry, dict):
         raise ConfigError(f"{place}: when must map settings to values, e.g. `when: {{model.mixing: smoe}}`.")
+    if [] in entry.values():
+        raise ConfigError(f"{place}: when has no value under which it holds.")
     return {name: tuple(values) if isinstance(values, list) else (values,) for name, values in entry.items()}
 
 
@@ -358,9 +363,18 @@ def check_space(space: Space, settings: dict[str, Any], where: str) -> Refused |
 
 def _check_value(name: str, value: Any, settings: dict[str, Any], where: str) -> None:
     """Raises ConfigError where the setting itself, whatever the others are, cannot have that value."""
+    place = f"{where}: {name}: {json.dumps(value)}"
     try:
-        RunConfig.model_validate(changed(settings, {name: value}))
+        config = RunConfig.model_validate(changed(settings, {name: value}))
     except ValidationError as error:
         for item in error.errors():
             if item["loc"][: len(name.split("."))] == tuple(name.split(".")):
-                raise ConfigError(f"{where}: {name}: {json.dumps(value)}: {item['msg']}.") from None
+                raise ConfigError(f"{place}: {item['msg']}.") from None
+        return
+    taken: Any = config
+    for part in name.split("."):
+        taken = getattr(taken, part)
+    # Pydantic takes "0.001" and false for numbers; a search would then compare them with the preset's number.
+    if isinstance(value, str | bool) and type(taken) is not type(value):
+        hint = " YAML reads 1e-3 as text; write 1.0e-3." if isinstance(value, str) else ""
+        raise ConfigError(f"{place} is {type(value).__name__}, and the setting is {type(taken).__name__}.{hint}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import warnings
@@ -16,7 +17,7 @@ from ray.tune.search import Searcher
 from m5.config import ConfigError
 from m5.resume import all_settings
 from tune.objective import Objective
-from tune.records import Folder, Record
+from tune.records import PRESET, Folder, Record
 from tune.settings import Plan
 from tune.space import Parameter
 
@@ -90,8 +91,8 @@ def preset_record(plan: Plan, folder: Folder) -> Record:
     values = plan.space.of(settings)
     if values is None:
         values = {name: settings[name] for name in plan.space.parameters}
-    record = Record(name="0000", role="search", values=values, seed=plan.preset.seed)
-    folder.write(record)
+    record = Record(name=PRESET, role="search", values=values, seed=plan.preset.seed)
+    folder.renew(record)
     return record
 
 
@@ -161,13 +162,17 @@ class StudySearcher(GivenSearcher):
         records = self.folder.of("search")
         if len(records) >= self.plan.config.search.trials:
             return None
-        if not records:
+        # The first that is missing: a damaged record may have been taken away.
+        name = next(
+            name for name in (f"{number:04}" for number in itertools.count()) if name not in self.folder.records
+        )
+        if name == PRESET:
             return preset_record(self.plan, self.folder)
         values = self._propose(records)
         if values is None:
             return None
-        record = Record(name=f"{len(records):04}", role="search", values=values, seed=self.plan.preset.seed)
-        self.folder.write(record)
+        record = Record(name=name, role="search", values=values, seed=self.plan.preset.seed)
+        self.folder.renew(record)
         return record
 
     def _propose(self, records: list[Record]) -> dict[str, Any] | None:

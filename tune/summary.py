@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 
 from tune.objective import Objective
-from tune.records import Folder, Record
+from tune.records import PRESET, Folder, Record
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,18 @@ class Spread:
 
     def __str__(self) -> str:
         return f"{self.mean:.4f} ± {self.deviation:.4f} ({len(self.values)} seeds)"
+
+
+def spread(records: list[Record], trial: Record | None, metric: str) -> Spread | None:
+    """Quality of those trainings on several seeds that are of that trial: an earlier winner's may be there, too."""
+    own = [record for record in of_trial(records, trial) if record.status == "finished"]
+    values = tuple(row[metric] for record in own if (row := record.best(metric)) is not None)
+    return Spread(values) if values else None
+
+
+def of_trial(records: list[Record], trial: Record | None) -> list[Record]:
+    """Those that have all settings of a trial; `search.final` may have added others."""
+    return [record for record in records if trial is not None and record.values | trial.values == record.values]
 
 
 @dataclass(frozen=True)
@@ -53,16 +65,12 @@ class Summary:
     @classmethod
     def of(cls, folder: Folder, objective: Objective, note: str = "") -> Summary:
         records = folder.of("search")
-        spreads = []
-        for role in ("preset", "winner"):
-            rows = [record.best(objective.metric) for record in folder.of(role) if record.status == "finished"]  # type: ignore[arg-type]
-            values = tuple(row[objective.metric] for row in rows if row is not None)
-            spreads.append(Spread(values) if values else None)
+        winner, first = objective.winner(records), folder.records.get(PRESET)
         return cls(
             metric=objective.metric,
-            winner=objective.winner(records),
-            preset=spreads[0],
-            again=spreads[1],
+            winner=winner,
+            preset=spread(folder.of("preset"), first, objective.metric),
+            again=spread(folder.of("winner"), winner, objective.metric),
             pareto=tuple(objective.pareto(records)) if objective.settings.kind == "pareto" else (),
             counts={
                 status: sum(record.status == status for record in records)
@@ -74,9 +82,11 @@ class Summary:
 
     def verdict(self) -> str:
         """Whether the search has found something better than what it began with."""
+        if self.winner is None and self.counts.get("failed") and self.counts["failed"] == sum(self.counts.values()):
+            return "All trials have failed, so there is no winner."
         if self.winner is None:
             return "No trial was trained to its end within what the objective asks for: there is no winner."
-        if self.winner.name == "0000":
+        if self.winner.name == PRESET:
             return "No trial was better than the preset, which is the first of them: it was there already."
         if self.preset is None or self.again is None:
             return "Trained once each; the seeds of search.seeds would say how much of the difference is chance."

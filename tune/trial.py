@@ -117,8 +117,10 @@ class MemoryGuard(threading.Thread):
         while True:
             memory = process.memory_info()
             if (used := (memory.rss - memory.shared) / 1e9) > self.limit_gb:
-                write_whole(self.said, f"out of memory: {used:.2f} GB, and trial.memory_gb is {self.limit_gb:g}")
-                os._exit(OUT_OF_MEMORY)
+                try:
+                    write_whole(self.said, f"out of memory: {used:.2f} GB, and trial.memory_gb is {self.limit_gb:g}")
+                finally:
+                    os._exit(OUT_OF_MEMORY)
             time.sleep(LOOK_EVERY)
 
 
