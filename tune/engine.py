@@ -23,6 +23,7 @@ from ray.tune.experiment import Trial
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from m5.config import ConfigError
+from m5.resume import CHECKPOINTS
 from tune.records import Folder, Record
 from tune.schedulers import Stops
 from tune.settings import Plan
@@ -104,7 +105,7 @@ class Recorder(Callback):
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         record = self.record(trial)
         record.reasons.append(self.reason(trial, record))
-        give_back(placement_file(self.folder, record))
+        give_back(self.folder.note(record, "placement"))
         record.status = "waiting"
         self._keep(record)
 
@@ -115,10 +116,10 @@ class Recorder(Callback):
         self._end(record)
 
     def _end(self, record: Record) -> None:
-        give_back(placement_file(self.folder, record))
+        give_back(self.folder.note(record, "placement"))
         self._keep(record)
         # The whole training state, optimizer included, is for going on; RUN/best stays.
-        shutil.rmtree(self.folder.run(record) / "checkpoints", ignore_errors=True)
+        shutil.rmtree(self.folder.run(record) / CHECKPOINTS, ignore_errors=True)
 
     def reason(self, trial: Trial, record: Record) -> str:
         """Why an attempt has failed, in a line."""
@@ -130,10 +131,6 @@ class Recorder(Callback):
             error = cloudpickle.loads(pickled.read_bytes())
             pickled.unlink()
         return said if said is not None else describe(error)
-
-
-def placement_file(folder: Folder, record: Record) -> Path:
-    return folder.path / "records" / f"{record.name}.placement"
 
 
 def give_back(path: Path) -> None:
@@ -149,7 +146,7 @@ def give_back(path: Path) -> None:
 
 def said_by(folder: Folder, record: Record) -> str | None:
     """What a trial's process has left behind about its end: the memory guard's word, or the watchdog's."""
-    note = folder.path / "records" / f"{record.name}.said"
+    note = folder.note(record, "said")
     if note.is_file():
         text = note.read_text()
         note.unlink()
@@ -291,8 +288,8 @@ class Engine:
             "record": record.name,
             "run": run.model_dump(mode="json") | {"training": training},
             "data": self.data,
-            "said": str(self.folder.path / "records" / f"{record.name}.said"),
-            "placement": str(placement_file(self.folder, record)),
+            "said": str(self.folder.note(record, "said")),
+            "placement": str(self.folder.note(record, "placement")),
             "ray": str(self.folder.path / "ray"),
             "trainer": self.trainer,
             **trial.model_dump(),

@@ -16,7 +16,6 @@ from tune.records import TARGETS_PER_SECOND, Folder, Record
 
 ROWS = 20  # of the table: what is running, then the best
 STYLES = {"running": "bold", "finished": "", "stopped": "dim", "failed": "red", "waiting": "dim"}
-
 AGAIN = ("failed", "waiting")  # a waiting trial with a reason is begun again
 
 
@@ -75,7 +74,7 @@ class LiveTable:
         best = record.best(self.objective.metric)
         if record.status == "running":
             parts.append(settings_of(record) if record.attempts == 1 else f"attempt {record.attempts}")
-        elif record.reasons and record.status in ("waiting", "failed"):
+        elif record.reasons and record.status in AGAIN:
             parts.append(f"attempt {record.attempts}: {record.reasons[-1]}")
         elif best is not None:
             last = int(record.history[-1]["epoch"]) + 1

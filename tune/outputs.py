@@ -65,16 +65,8 @@ def best_preset(plan: Plan, record: Record, summary: Summary, out: Path) -> str:
     preset = plan.base["preset"]
     return (
         f"# Trial {record.name} of {out.name}, which began with preset {preset}; seed {record.seed}: {told}.\n"
-        f"{again}#   m5 train --preset THIS_FILE --data DATA --out RUN\n"
-        + yaml.safe_dump(_plain(settings), sort_keys=False)
+        f"{again}#   m5 train --preset THIS_FILE --data DATA --out RUN\n" + yaml.safe_dump(settings, sort_keys=False)
     )
-
-
-def _plain(value: Any) -> Any:
-    """Lists for tuples, which YAML would write as tags."""
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def write_outputs(plan: Plan, objective: Objective, folder: Folder, summary: Summary) -> None:

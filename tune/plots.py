@@ -20,7 +20,7 @@ from plotly.colors import sample_colorscale
 
 from tune.importance import Importance
 from tune.objective import COLUMNS, Objective
-from tune.records import Record
+from tune.records import PRESET, Record
 from tune.settings import Plan
 from tune.space import Parameter
 
@@ -29,7 +29,6 @@ COLOURS = {"stopped": "#a9b3bd", "failed": "#c0563f", "finished": "#4a7ba6", "pr
 EMPHASISED = ("preset", "winner")
 PALE, LINES, TEXT = "#c3ccd4", "#7d8790", "#39424c"
 QUALITY_SCALE = ["#d5dfe8", "#1d4568"]  # from the lowest to the highest
-PRESET = "0000"  # the first trial has the preset's own settings
 ABSENT = -0.16  # height, under the axes of the parallel coordinates, of settings that a trial does not have
 OTHER_TITLES = {"targets_per_second": "training speed, targets/s", "memory": "peak memory, GB"}
 LABELLED = 15  # points that get their trial's number beside them; more would overlap

@@ -82,6 +82,10 @@ class Folder:
         """The folder of its training."""
         return self.path / ("trials" if record.role == "search" else "seeds") / record.name
 
+    def note(self, record: Record, kind: Literal["said", "placement"]) -> Path:
+        """Where a trial's process says why it ends, or where its ranks are; see `tune.trial.work`."""
+        return self.path / "records" / f"{record.name}.{kind}"
+
     def of(self, role: Role) -> list[Record]:
         return [record for record in self.records.values() if record.role == role]
 

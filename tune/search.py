@@ -232,11 +232,12 @@ class _Search:
 
     def _write(self, *, report: bool) -> Summary:
         from tune.outputs import write_outputs
-        from tune.report import write_report
 
         summary = self._summary()
         write_outputs(self.plan, self.objective, self.folder, summary)
         if report:
+            from tune.report import write_report  # Plotly, which no trial should wait for
+
             write_report(self.folder.path / "report.html", self.plan, self.objective, self.folder, summary)
         return summary
 
