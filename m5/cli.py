@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from m5.cli_data import add_prepare, add_stages, add_synth
+from m5.cli_options import add_command, add_world_sizes, count
 from m5.library_warnings import silence_known
 from m5.mistakes import explain
-
-Command = Callable[[argparse.Namespace], int | None]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,9 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_doctor(commands)
-    _add_synth(commands)
-    _add_prepare(commands)
-    _add_stages(commands)
+    add_synth(commands)
+    add_prepare(commands)
+    add_stages(commands)
     _add_plan(commands)
     _add_train(commands)
     _add_replay(commands)
@@ -72,80 +69,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name: str, run: Command, help_text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help_text, description=help_text)
-    parser.set_defaults(command=run)
-    return parser
-
-
 def _add_doctor(commands) -> None:
-    parser = _command(commands, "doctor", _doctor, "which versions are installed, whether they match, what to do")
+    parser = add_command(commands, "doctor", _doctor, "which versions are installed, whether they match, what to do")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
 
 
-def _add_world_sizes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--users", type=_count, default=5000)
-    parser.add_argument("--titles", type=_count, default=1000)
-    parser.add_argument("--events", type=_count, default=200_000)
-    parser.add_argument("--seed", type=int, default=0)
-
-
-def _count(text: str) -> int:
-    """A whole number from 1; 5_000 works too."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
-    return number
-
-
-def _add_synth(commands) -> None:
-    parser = _command(commands, "synth", _synth, "write a synthetic streaming world as raw tables, with its truth")
-    _add_world_sizes(parser)
-    parser.add_argument("--no-posters", action="store_true", help="draw no artwork")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the raw tables")
-
-
-def _add_prepare(commands) -> None:
-    parser = commands.add_parser("prepare", help="raw tables to a prepared dataset: every stage, cached")
-    sources = parser.add_subparsers(title="sources", required=True, metavar="SOURCE")
-    tables = _command(sources, "tables", _prepare_tables, "your own Parquet or CSV tables, described by a YAML file")
-    tables.add_argument("path", type=Path, help="dataset.yaml")
-    movielens = _command(sources, "movielens", _prepare_movielens, "MovieLens: the official zip or its folder")
-    movielens.add_argument("path", type=Path, help="ml-100k, ml-1m, ml-latest, ml-20m or ml-25m, zip or folder")
-    movielens.add_argument("--titles", type=Path, help="Parquet with descriptions and metadata by movie id")
-    movielens.add_argument("--posters", type=Path, help="folder or tar of <movie id>.jpg")
-    globo = _command(sources, "globo", _prepare_globo, "the Globo.com click log")
-    globo.add_argument("path", type=Path, help="clicks.parquet")
-    for source in (tables, movielens, globo):
-        source.add_argument("--split", choices=["time", "leave-last-out"], default="time")
-        _add_encoder_options(source)
-        source.add_argument("--out", type=Path, required=True, help="folder of the prepared dataset")
-
-
-def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--text", help="BERT-like model: hub name or local folder (default: the bundled MiniLM)")
-    parser.add_argument("--image", default="resnet50", help="timm model (default: resnet50)")
-    parser.add_argument("--image-weights", default="hub", help="hub, random or a file (default: hub)")
-
-
-def _add_stages(commands) -> None:
-    encode = _command(commands, "encode", _encode, "encode text and artwork of a prepared dataset again")
-    encode.add_argument("data", type=Path)
-    _add_encoder_options(encode)
-    graph = _command(commands, "graph", _graph, "build the metagraph and pre-train content embeddings again")
-    graph.add_argument("data", type=Path)
-
-
 def _add_plan(commands) -> None:
-    parser = _command(commands, "plan", _plan, "memory and communication of training on a described cluster")
+    parser = add_command(commands, "plan", _plan, "memory and communication of training on a described cluster")
     cluster = parser.add_mutually_exclusive_group(required=True)
     cluster.add_argument("--cluster", type=Path, metavar="FILE", help="its description, e.g. of docs/plans")
     cluster.add_argument("--hardware", metavar="KIND", help="h100, h200, a100, l40s or cpu, and the next two")
-    parser.add_argument("--nodes", type=_count, help="default: 1")
-    parser.add_argument("--ranks-per-node", type=_count, help="default: 8")
+    parser.add_argument("--nodes", type=count, help="default: 1")
+    parser.add_argument("--ranks-per-node", type=count, help="default: 8")
     parser.add_argument("--dataset", type=Path, required=True, help="a description, or a prepared dataset")
     parser.add_argument("--preset", default="default", help="name in m5/configs, or a YAML file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
@@ -153,7 +88,7 @@ def _add_plan(commands) -> None:
 
 
 def _add_train(commands) -> None:
-    parser = _command(commands, "train", _train, "train a model; also under torchrun, as `torchrun -m m5.train`")
+    parser = add_command(commands, "train", _train, "train a model; also under torchrun, as `torchrun -m m5.train`")
     parser.add_argument("--preset", default="default", help="name in m5/configs, or a YAML file")
     parser.add_argument("--data", type=Path, required=True, help="prepared dataset")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
@@ -164,36 +99,38 @@ def _add_train(commands) -> None:
 
 
 def _add_replay(commands) -> None:
-    parser = _command(commands, "replay", _replay, "run the batch again whose loss was not finite")
+    parser = add_command(commands, "replay", _replay, "run the batch again whose loss was not finite")
     parser.add_argument("run", type=Path)
 
 
 def _add_evaluate(commands) -> None:
-    parser = _command(commands, "evaluate", _evaluate, "test metrics, overall and per scenario, beside reference rows")
+    parser = add_command(
+        commands, "evaluate", _evaluate, "test metrics, overall and per scenario, beside reference rows"
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: RUN/evaluation.json")
     parser.add_argument("--row", action="append", default=[], metavar="NAME=RUN", help="another run on the same data")
     seen = parser.add_mutually_exclusive_group()
     seen.add_argument("--keep-seen", action="store_true", help="titles that a viewer has watched stay candidates")
     seen.add_argument("--filter-seen", action="store_true", help="they do not (default: as in training)")
-    parser.add_argument("--max-targets", type=_count, help="evaluate a random part of the test targets")
+    parser.add_argument("--max-targets", type=count, help="evaluate a random part of the test targets")
     parser.add_argument("--no-references", action="store_true", help="leave popularity, item-kNN and EASE out")
 
 
 def _add_recommend(commands) -> None:
-    parser = _command(commands, "recommend", _recommend, "what one viewer should see next")
+    parser = add_command(commands, "recommend", _recommend, "what one viewer should see next")
     parser.add_argument("run", type=Path)
     viewer = parser.add_mutually_exclusive_group(required=True)
     viewer.add_argument("--user", help="a user of the dataset")
     viewer.add_argument("--history", help='titles or ids, oldest first: "title;title"')
     parser.add_argument("--scenario", nargs="+", default=[], metavar="NAME=VALUE", help="e.g. region=US plan=ads")
-    parser.add_argument("-k", type=_count, default=20, help="how many titles (default: 20)")
+    parser.add_argument("-k", type=count, default=20, help="how many titles (default: 20)")
     parser.add_argument("--keep-seen", action="store_true", help="recommend titles that were watched before, too")
 
 
 def _add_demo(commands) -> None:
-    parser = _command(commands, "demo", _demo, "the whole main job on a synthetic world")
-    _add_world_sizes(parser)
+    parser = add_command(commands, "demo", _demo, "the whole main job on a synthetic world")
+    add_world_sizes(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
 
 
@@ -201,96 +138,6 @@ def _doctor(options: argparse.Namespace) -> int:
     from m5.doctor import report
 
     return report(as_json=options.json)
-
-
-def _synth(options: argparse.Namespace) -> None:
-    from data_prep.sources.synthetic import generate
-
-    generate(
-        out=options.out,
-        users=options.users,
-        titles=options.titles,
-        events=options.events,
-        seed=options.seed,
-        posters=not options.no_posters,
-    )
-    print(f"wrote {options.out}; next: m5 prepare tables {options.out}/dataset.yaml --out DATA")
-
-
-def _prepare(options: argparse.Namespace, spec) -> None:
-    from data_prep.prepare import prepare_all
-
-    prepare_all(
-        spec,
-        options.out,
-        text=options.text,
-        image=options.image,
-        image_weights=options.image_weights,
-        split=options.split,
-    )
-    print(f"wrote {options.out}; next: m5 train --preset default --data {options.out} --out RUN")
-
-
-def _prepare_tables(options: argparse.Namespace) -> None:
-    from data_prep.sources.tables import load
-
-    _prepare(options, load(options.path))
-
-
-def _prepare_movielens(options: argparse.Namespace) -> None:
-    from data_prep.sources.movielens import load
-
-    with _raw_folder(options.out) as work:
-        _prepare(options, load(options.path, work, options.titles, options.posters))
-
-
-def _prepare_globo(options: argparse.Namespace) -> None:
-    from data_prep.sources.globo import load
-
-    with _raw_folder(options.out) as work:
-        _prepare(options, load(options.path, work))
-
-
-@contextmanager
-def _raw_folder(out: Path) -> Iterator[Path]:
-    """Where a source writes its common tables; kept, because the prepared dataset points at posters there.
-
-    What a failed first preparation has put there is taken away. A folder that no preparation made is refused: its
-    files would be overwritten.
-    """
-    from data_prep.write import refuse_foreign_folder
-    from m5.schema import DataError
-
-    refuse_foreign_folder(out)
-    folder = out.with_name(f"{out.name}-raw")
-    existed, mark = folder.exists(), folder / ".m5-raw"
-    if existed and not mark.is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise DataError(
-            f"{folder} exists and was not written by m5, so it is not overwritten. Choose another --out: the source's "
-            "tables go to a folder of that name with -raw behind it."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    mark.touch()
-    try:
-        yield folder
-    except BaseException:
-        if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _encode(options: argparse.Namespace) -> None:
-    from data_prep.image_encoder import encode_images
-    from data_prep.text_encoder import encode_text
-
-    encode_text(options.data, model=options.text)
-    encode_images(options.data, model=options.image, weights=options.image_weights)
-
-
-def _graph(options: argparse.Namespace) -> None:
-    from data_prep.graphsage import build_graph
-
-    build_graph(options.data)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -330,7 +177,7 @@ def _named(pairs: list[str], option: str) -> dict[str, str]:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from m5.evaluate import evaluate_run
+    from m5.evaluate_run import evaluate_run
 
     evaluate_run(
         options.run,
@@ -362,7 +209,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _add_bench(commands) -> None:
-    parser = _command(commands, "bench", _bench, "measure speed and memory; without a name: list the benchmarks")
+    parser = add_command(commands, "bench", _bench, "measure speed and memory; without a name: list the benchmarks")
     parser.add_argument("name", nargs="?", help="e.g. step; `m5 bench step --help` shows its options")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
@@ -374,7 +221,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _add_tune(commands) -> None:
-    parser = _command(commands, "tune", _tune, "search settings with Ray Tune")
+    parser = add_command(commands, "tune", _tune, "search settings with Ray Tune")
     parser.add_argument("--preset", default="default", help="what trials start from: name or YAML file")
     parser.add_argument("--data", required=True, help="prepared dataset: a folder, or an fsspec URL, e.g. s3://...")
     parser.add_argument("--space", type=Path, required=True, help="what to vary, and how, e.g. tune/spaces/demo.yaml")

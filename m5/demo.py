@@ -24,7 +24,7 @@ def run_demo(folder: Path, *, users: int = 5000, titles: int = 1000, events: int
     from data_prep.prepare import prepare_all
     from data_prep.sources.synthetic import generate
     from data_prep.sources.tables import load
-    from m5.evaluate import evaluate_run
+    from m5.evaluate_run import evaluate_run
     from m5.train import train
 
     folder.mkdir(parents=True, exist_ok=True)

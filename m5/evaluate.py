@@ -6,9 +6,8 @@ play at that time and, unless told otherwise, has not watched before. The target
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -226,6 +225,67 @@ def rank_targets(scorers: list[Scorer], candidates: Candidates) -> list[Ranked]:
     return ranked
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Rows ranked on the same requests.
+
+    Attributes:
+        requests: that all rows answered.
+        slices: name -> int64 rows of the requests: "overall", "region=US", ..., "warm", "cold".
+        weight: float64 [R], of `debiased_hr@k`.
+        rows: in the order of the scorers.
+        warnings: what to tell the reader of the numbers.
+    """
+
+    requests: Requests
+    slices: dict[str, np.ndarray]
+    weight: np.ndarray
+    rows: list[Ranked]
+    warnings: list[str]
+
+    def measure(self, row: Ranked, *, bootstrap: int, seed: int) -> dict[str, dict[str, Any]]:
+        """Metrics of one row by slice; see `evaluate`."""
+        assert row.shown is not None, "select_requests leaves at least one request"
+        user, rank, weight = self.requests.user, row.rank, self.weight
+        return {
+            name: _measure(rank[rows], weight[rows], user[rows], bootstrap=bootstrap, seed=seed)
+            | row.shown.coverage(name)
+            for name, rows in self.slices.items()
+        }
+
+
+def rank_rows(
+    dataset: PreparedDataset,
+    scorers: list[Scorer],
+    *,
+    split: Literal["valid", "test"] = "test",
+    filter_seen: bool = True,
+    max_targets: int | None = None,
+    seed: int = 0,
+    more_slices: Callable[[Requests], dict[str, np.ndarray]] | None = None,
+) -> Evaluation:
+    """Ranks of every row on the same requests; arguments and errors as of `evaluate`.
+
+    `more_slices` names further rows of the requests.
+    """
+    names = [scorer.name for scorer in scorers]
+    if len(set(names)) < len(names):
+        raise DataError(f"two rows of the evaluation have one name: {', '.join(names)}. Train with another name=NAME.")
+    eligibility = Eligibility.from_dataset(dataset)
+    requests = select_requests(dataset, split, eligibility=eligibility, max_targets=max_targets, seed=seed)
+    slices = _slices(dataset, requests) | (more_slices(requests) if more_slices is not None else {})
+    warnings = [
+        f"{name}: only {len(rows)} requests; read its numbers with their intervals."
+        for name, rows in slices.items()
+        if 0 < len(rows) < SMALL_SLICE
+    ]
+    if requests.left_out:
+        warnings.append(f"{requests.left_out} {split} targets were left out: their viewer may not play them.")
+    weight = propensity_weights(dataset.titles["train_count"].to_numpy(np.float64), requests.target)
+    candidates = Candidates(dataset, requests, slices, eligibility=eligibility, filter_seen=filter_seen)
+    return Evaluation(requests, slices, weight, rank_targets(scorers, candidates), warnings)
+
+
 def evaluate(
     dataset: PreparedDataset,
     scorers: list[Scorer],
@@ -254,24 +314,10 @@ def evaluate(
     Raises:
         DataError: two rows of one name, a split without events, or a NaN score.
     """
-    names = [scorer.name for scorer in scorers]
-    if len(set(names)) < len(names):
-        raise DataError(f"two rows of the evaluation have one name: {', '.join(names)}. Train with another name=NAME.")
-    eligibility = Eligibility.from_dataset(dataset)
-    requests = select_requests(dataset, split, eligibility=eligibility, max_targets=max_targets, seed=seed)
-    slices, warnings = _slices(dataset, requests)
-    if requests.left_out:
-        warnings.append(f"{requests.left_out} {split} targets were left out: their viewer may not play them.")
-    weight = propensity_weights(dataset.titles["train_count"].to_numpy(np.float64), requests.target)
-    candidates = Candidates(dataset, requests, slices, eligibility=eligibility, filter_seen=filter_seen)
+    found = rank_rows(dataset, scorers, split=split, filter_seen=filter_seen, max_targets=max_targets, seed=seed)
     models: dict[str, Any] = {}
-    for row in rank_targets(scorers, candidates):
-        assert row.shown is not None, "select_requests leaves at least one request"
-        measured = {
-            name: _measure(row.rank[rows], weight[rows], requests.user[rows], bootstrap=bootstrap, seed=seed)
-            | row.shown.coverage(name)
-            for name, rows in slices.items()
-        }
+    for row in found.rows:
+        measured = found.measure(row, bootstrap=bootstrap, seed=seed)
         models[row.scorer.name] = {
             "overall": measured["overall"],
             "scenarios": {name: metrics for name, metrics in measured.items() if "=" in name},
@@ -282,25 +328,19 @@ def evaluate(
         "models": models,
         "dataset": {"name": dataset.manifest.name, "content_hash": dataset.manifest.content_hash},
         "settings": {"split": split, "filter_seen": filter_seen, "max_targets": max_targets, "bootstrap": bootstrap},
-        "warnings": warnings,
+        "warnings": found.warnings,
     }
 
 
-def _slices(dataset: PreparedDataset, requests: Requests) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Rows of everybody, of each scenario value, of warm and cold targets, and warnings on those with few requests."""
+def _slices(dataset: PreparedDataset, requests: Requests) -> dict[str, np.ndarray]:
+    """Rows of everybody, of each scenario value, of warm and cold targets."""
     slices = {"overall": np.arange(len(requests.event))}
     for column, vocabulary in enumerate(dataset.manifest.scenarios):
         for index in np.unique(requests.scenario[:, column]):
             value = vocabulary.values[index - 1] if index else "unknown"
             slices[f"{vocabulary.name}={value}"] = np.flatnonzero(requests.scenario[:, column] == index)
     is_cold = dataset.titles["cold"].to_numpy(bool)[requests.target]
-    slices |= {"warm": np.flatnonzero(~is_cold), "cold": np.flatnonzero(is_cold)}
-    warnings = [
-        f"{name}: only {len(rows)} requests; read its numbers with their intervals."
-        for name, rows in slices.items()
-        if 0 < len(rows) < SMALL_SLICE
-    ]
-    return slices, warnings
+    return slices | {"warm": np.flatnonzero(~is_cold), "cold": np.flatnonzero(is_cold)}
 
 
 def _measure(rank: np.ndarray, weight: np.ndarray, user: np.ndarray, *, bootstrap: int, seed: int) -> dict[str, Any]:
@@ -309,73 +349,3 @@ def _measure(rank: np.ndarray, weight: np.ndarray, user: np.ndarray, *, bootstra
         "ci": bootstrap_intervals(values, user, samples=bootstrap, seed=seed),
         "n": len(rank),
     }
-
-
-def evaluate_run(
-    run: Path,
-    json_path: Path | None = None,
-    *,
-    rows: dict[str, Path] | None = None,
-    filter_seen: bool | None = None,
-    max_targets: int | None = None,
-    references: bool = True,
-) -> dict[str, Any]:
-    """Test metrics of the checkpoint that validation chose, beside the reference rows; printed and written.
-
-    Args:
-        run: folder of `m5 train`.
-        json_path: where the JSON goes; RUN/evaluation.json by default.
-        rows: further runs on the same dataset, by row name.
-        filter_seen: as in `evaluate`; by default as the run's training.filter_seen.
-        max_targets: as in `evaluate`.
-        references: whether to fit popularity, item-kNN and EASE too (and the oracle where the world has its truth).
-
-    Raises:
-        DataError: no checkpoint, a row of another dataset, or `json_path` holds something else than a report.
-    """
-    from m5.baselines import reference_scorers
-    from m5.best import read_record
-    from m5.evaluation_report import print_report
-    from m5.predict import Predictor
-
-    run = Path(run)
-    target = Path(json_path) if json_path is not None else run / "evaluation.json"
-    record = read_record(run)
-    notes = _earlier_look(target, record["weights_sha256"])
-    predictor = Predictor.load(run)
-    scorers: list[Scorer] = [predictor]
-    for name, folder in (rows or {}).items():
-        other = Predictor.load(folder)
-        if other.dataset.manifest.content_hash != predictor.dataset.manifest.content_hash:
-            raise DataError(f"{folder} was trained on another dataset than {run}; their rows cannot be compared.")
-        other.name = name
-        scorers.append(other)
-    seen = predictor.config.training.filter_seen if filter_seen is None else filter_seen
-    if references:
-        found, choices = reference_scorers(predictor.dataset, filter_seen=seen)
-        scorers += found
-        notes += choices
-    report = evaluate(predictor.dataset, scorers, filter_seen=seen, max_targets=max_targets)
-    report["checkpoint"] = {key: record[key] for key in ("step", "epoch", "weights_sha256")}
-    report["warnings"] += notes
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.writing")
-    temporary.write_text(json.dumps(report, indent=1))
-    temporary.replace(target)
-    print_report(report)
-    return report
-
-
-def _earlier_look(report: Path, weights: str) -> list[str]:
-    """A note where the report to be replaced measured other weights: test data are for one checkpoint, once."""
-    if not report.is_file():
-        return []
-    try:
-        earlier = json.loads(report.read_text())["checkpoint"]["weights_sha256"]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{report} exists and is no evaluation report; name another file, or remove it.") from None
-    if earlier == weights:
-        return []
-    return [
-        f"{report.name} held the test metrics of other weights ({earlier[:12]}): the test split was looked at before."
-    ]

@@ -164,7 +164,9 @@ def test_options_reach_the_evaluation(
     option: list[str], expected: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     received: dict[str, Any] = {}
-    monkeypatch.setattr("m5.evaluate.evaluate_run", lambda run, json, **settings: received.update(settings, json=json))
+    monkeypatch.setattr(
+        "m5.evaluate_run.evaluate_run", lambda run, json, **settings: received.update(settings, json=json)
+    )
     assert main(["evaluate", "RUN", "--json", "F", "--row", "m5-mlp=OTHER", *option]) == 0
     assert received["json"] == Path("F")
     assert received["rows"] == {"m5-mlp": Path("OTHER")}

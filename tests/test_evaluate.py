@@ -13,6 +13,7 @@ from rich.console import Console
 from m5 import evaluate as evaluation
 from m5.eligibility import Eligibility
 from m5.evaluate import evaluate, select_requests
+from m5.evaluate_run import evaluate_run
 from m5.evaluation_report import print_report
 from m5.schema import ALWAYS, TEST, TRAIN, VALID, DataError
 from tests.handmade import rights_table, write_handmade
@@ -293,7 +294,7 @@ def runs(busy, tmp_path, monkeypatch):
 
 
 def test_a_run_is_written_beside_its_references(runs):
-    report = evaluation.evaluate_run(runs / "m5", rows={"m5-other": runs / "other"})
+    report = evaluate_run(runs / "m5", rows={"m5-other": runs / "other"})
     written = json.loads((runs / "m5" / "evaluation.json").read_text())
     assert list(written["models"]) == ["m5", "m5-other", "popularity", "item-knn", "ease"]
     assert written["checkpoint"] == {"step": 7, "epoch": 1, "weights_sha256": "sha-m5"}
@@ -305,9 +306,9 @@ def test_a_run_is_written_beside_its_references(runs):
 
 def test_a_second_look_at_the_test_split_is_said(runs):
     target = runs / "shared.json"
-    first = evaluation.evaluate_run(runs / "m5", target, references=False)
-    again = evaluation.evaluate_run(runs / "m5", target, references=False)
-    other = evaluation.evaluate_run(runs / "other", target, references=False)
+    first = evaluate_run(runs / "m5", target, references=False)
+    again = evaluate_run(runs / "m5", target, references=False)
+    other = evaluate_run(runs / "other", target, references=False)
     assert not any("looked at before" in warning for warning in first["warnings"] + again["warnings"])
     assert any("looked at before" in warning for warning in other["warnings"])
 
@@ -315,5 +316,5 @@ def test_a_second_look_at_the_test_split_is_said(runs):
 def test_another_file_is_not_overwritten(runs):
     (runs / "notes.json").write_text('{"mine": 1}')
     with pytest.raises(DataError, match="is no evaluation report"):
-        evaluation.evaluate_run(runs / "m5", runs / "notes.json", references=False)
+        evaluate_run(runs / "m5", runs / "notes.json", references=False)
     assert (runs / "notes.json").read_text() == '{"mine": 1}'
