@@ -1,7 +1,8 @@
 """The `m5` command. Commands import what they need when they run: `m5 --help` is quick, and `m5 doctor` always starts.
 
-Exit codes: 0 done, 1 `doctor` or `plan` found a problem, 2 the user's mistake (one paragraph on stderr), 3 training has
-stalled, 130 Ctrl-C, 143 SIGTERM; training saves where it is before it leaves with one of the last two.
+Exit codes: 0 done, 1 `doctor` or `plan` found a problem or `report --against` a scenario that got worse, 2 the user's
+mistake (one paragraph on stderr), 3 training has stalled, 130 Ctrl-C, 143 SIGTERM; training saves where it is before it
+leaves with one of the last two.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_replay(commands)
     _add_evaluate(commands)
+    _add_report(commands)
     _add_recommend(commands)
     _add_demo(commands)
     _add_bench(commands)
@@ -110,11 +112,28 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: RUN/evaluation.json")
     parser.add_argument("--row", action="append", default=[], metavar="NAME=RUN", help="another run on the same data")
+    _add_seen(parser)
+    parser.add_argument("--max-targets", type=count, help="evaluate a random part of the test targets")
+    parser.add_argument("--no-references", action="store_true", help="leave popularity, item-kNN and EASE out")
+
+
+def _add_seen(parser: argparse.ArgumentParser) -> None:
     seen = parser.add_mutually_exclusive_group()
     seen.add_argument("--keep-seen", action="store_true", help="titles that a viewer has watched stay candidates")
     seen.add_argument("--filter-seen", action="store_true", help="they do not (default: as in training)")
-    parser.add_argument("--max-targets", type=count, help="evaluate a random part of the test targets")
-    parser.add_argument("--no-references", action="store_true", help="leave popularity, item-kNN and EASE out")
+
+
+def _filter_seen(options: argparse.Namespace) -> bool | None:
+    return False if options.keep_seen else True if options.filter_seen else None
+
+
+def _add_report(commands) -> None:
+    parser = add_command(commands, "report", _report, "report card of a run by scenario, as a page")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--against", type=Path, metavar="OTHER", help="exit with 1 where RUN is worse than this run")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/report")
+    _add_seen(parser)
+    parser.add_argument("--max-targets", type=count, help="a random part of the test targets")
 
 
 def _add_recommend(commands) -> None:
@@ -183,9 +202,21 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.run,
         options.json,
         rows={name: Path(path) for name, path in _named(options.row, "--row").items()},
-        filter_seen=False if options.keep_seen else True if options.filter_seen else None,
+        filter_seen=_filter_seen(options),
         max_targets=options.max_targets,
         references=not options.no_references,
+    )
+
+
+def _report(options: argparse.Namespace) -> int:
+    from m5.report import report_run
+
+    return report_run(
+        options.run,
+        against=options.against,
+        out=options.out,
+        filter_seen=_filter_seen(options),
+        max_targets=options.max_targets,
     )
 
 
