@@ -55,8 +55,8 @@ def report_run(
     run = Path(run)
     folder = Path(out) if out is not None else run / "report"
     refuse_foreign(folder)
-    record = read_record(run)
     predictor = Predictor.load(run)
+    record = read_record(run)
     scorers: list[Scorer] = [predictor]
     if against is not None:
         scorers.append(_other(Path(against), run, predictor))
