@@ -5,8 +5,9 @@ Dimension legend in `m5.batch`; R test requests, A active experts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from m5.predict import Predictor
 from m5.schema import Manifest
 
 GATED_REQUESTS = 4_000  # at most; a mean weight is then known to about 0.01
+TYPICAL_REQUESTS = 500  # at most; all interests of a request are written out
 VIEWERS, NEAREST, WATCHED = 5, 5, 5
 
 
@@ -74,11 +76,10 @@ def inner_life(predictor: Predictor, requests: Requests, slices: dict[str, np.nd
 
     Returns:
         {"mixing", "requests", "experts": {branch: {"names", "load": {slice: [A]}}}, "gate": {slice: w} or None without
-        content branch, "viewers": [...]}; slices without a sampled request are left out.
+        content branch, "alike": {category: see Typical}, "viewers": [...]}; slices without a sampled request, and in
+        "alike" categories without two viewers, are left out.
     """
-    rows = np.arange(len(requests.event))
-    if len(rows) > GATED_REQUESTS:
-        rows = np.sort(np.random.default_rng(seed).choice(rows, GATED_REQUESTS, replace=False))
+    rows = _sample(np.arange(len(requests.event)), GATED_REQUESTS, seed)
     gates = Gates.at(predictor, requests.event[rows])
     inside = {name: np.isin(rows, members) for name, members in slices.items()}
     inside = {name: member for name, member in inside.items() if member.any()}
@@ -91,14 +92,26 @@ def inner_life(predictor: Predictor, requests: Requests, slices: dict[str, np.nd
         for branch, expert_RA in gates.expert_RA.items()
         if names
     }
+    typical = typical_interests(predictor, requests.event[_sample(rows, TYPICAL_REQUESTS, seed)])
+    alike = {
+        name: float(typical.alike_K[k])
+        for k, name in enumerate(_category_names(predictor))
+        if math.isfinite(typical.alike_K[k])
+    }
     gate = {name: float(gates.weight_R[member].mean()) for name, member in inside.items()}
     return {
         "mixing": predictor.config.model.mixing,
         "requests": len(rows),
         "experts": experts,
         "gate": gate if "cg" in gates.expert_RA else None,
-        "viewers": example_viewers(predictor, requests, rows),
+        "alike": alike,
+        "viewers": example_viewers(predictor, requests, rows, typical),
     }
+
+
+def _sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """int64 rows -> at most so many of them, ascending."""
+    return rows if len(rows) <= most else np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
 
 
 def choose_viewers(builder: BatchBuilder, requests: Requests, rows: np.ndarray, count: int) -> list[int]:
@@ -140,8 +153,43 @@ def nearest_titles(interest_XD: Tensor, id_key_ND: Tensor, allowed_N: Tensor, co
     return best.indices, best.values
 
 
+class Typical(NamedTuple):
+    """Interests of many viewers, those without behaviour of the category left out: what all have in common.
+
+    Attributes:
+        mean_KD: float32, 0 where nobody has behaviours of the category.
+        alike_K: float32, mean cosine between two viewers' interests of the category; near 1 all have the same one. Not
+            finite where there are no two.
+    """
+
+    mean_KD: Tensor
+    alike_K: Tensor
+
+    @classmethod
+    def of(cls, interest_PKD: Tensor, present_PK: Tensor) -> Typical:
+        """float32 interests and bool whether there is behaviour of the category -> Typical."""
+        count_K1 = present_PK.sum(0).unsqueeze(-1)
+        unit_PKD = functional.normalize(interest_PKD, dim=-1) * present_PK.unsqueeze(-1)
+        pairs_K = (count_K1 * (count_K1 - 1)).squeeze(-1)
+        alike_K = (unit_PKD.sum(0).square().sum(-1) - unit_PKD.square().sum((0, 2))) / pairs_K
+        return cls((interest_PKD * present_PK.unsqueeze(-1)).sum(0) / count_K1.clamp(min=1), alike_K)
+
+
 @torch.inference_mode()
-def example_viewers(predictor: Predictor, requests: Requests, rows: np.ndarray) -> list[dict[str, Any]]:
+def typical_interests(predictor: Predictor, event: np.ndarray) -> Typical:
+    """Of the requests at int64 [R] target events, ID branch."""
+    interests, present = [], []
+    for batch in predictor.batches(event):
+        interests.append(predictor.forward(batch).interests.each().float().cpu())
+        category_K = torch.arange(interests[-1].shape[1])
+        present.append((batch.category_BL.unsqueeze(-1) == category_K).any(1))
+    return Typical.of(torch.cat(interests), torch.cat(present))
+
+
+@torch.inference_mode()
+def example_viewers(
+    predictor: Predictor, requests: Requests, rows: np.ndarray, typical: Typical
+) -> list[dict[str, Any]]:
     """Some viewers with, per behaviour category, the titles that lie nearest to their interest in the ID branch.
 
     Categories that no title has are left out: their interest is the same constant for everybody.
@@ -152,48 +200,47 @@ def example_viewers(predictor: Predictor, requests: Requests, rows: np.ndarray) 
     interest_PKD = predictor.forward(builder.build(windows, None)).interests.each().float()
     id_key_ND = predictor.forward(builder.catalogue()).id_key_CD.float()
     allowed_N = torch.from_numpy(~builder.cold).to(id_key_ND.device)
-    names = _category_names(predictor)
+    apart_PKD = interest_PKD - typical.mean_KD.to(interest_PKD.device)
+    names, called = _category_names(predictor), dataset.titles["title"].astype(str).to_numpy()
     viewers = []
     for place, row in enumerate(chosen):
         watched = np.asarray(builder.title[windows.start[place] : windows.last[place]], dtype=np.int64)
-        title_KX, cosine_KX = (
-            found.cpu().numpy() for found in nearest_titles(interest_PKD[place], id_key_ND, allowed_N, NEAREST)
+        plain, apart = (
+            nearest_titles(vector_PKD[place], id_key_ND, allowed_N, NEAREST) for vector_PKD in (interest_PKD, apart_PKD)
         )
+        interests = []
+        for k in range(len(names)):
+            own = watched[builder.category[watched] == k]
+            if not np.any(builder.category == k):
+                continue
+            interests.append(
+                {
+                    "category": names[k],
+                    "behaviours": len(own),
+                    "learned_default": not len(own),
+                    "last_watched": called[own[: -WATCHED - 1 : -1]].tolist(),
+                    "nearest": _named(plain[0][k], plain[1][k], called, watched),
+                    "apart": _named(apart[0][k], apart[1][k], called, watched) if len(own) else [],
+                }
+            )
         viewers.append(
             {
                 "user": str(dataset.users["user_id"].iloc[requests.user[row]]),
                 "scenario": scenario_text(dataset.manifest, requests.scenario[row]),
-                "interests": [
-                    _interest(predictor, names[k], watched[builder.category[watched] == k], watched, title, cosine)
-                    for k, (title, cosine) in enumerate(zip(title_KX, cosine_KX, strict=True))
-                    if np.any(builder.category == k)
-                ],
+                "interests": interests,
             }
         )
     return viewers
 
 
-def _interest(
-    predictor: Predictor, name: str, own: np.ndarray, watched: np.ndarray, title: np.ndarray, cosine: np.ndarray
-) -> dict[str, Any]:
-    """One category of one viewer; `own` are the watched titles of the category, oldest first."""
-    called = predictor.dataset.titles["title"].to_numpy()
-    return {
-        "category": name,
-        "behaviours": len(own),
-        "learned_default": not len(own),
-        "last_watched": [str(called[index]) for index in own[: -WATCHED - 1 : -1]],
-        "nearest": [
-            {
-                "index": int(index),
-                "title": str(called[index]),
-                "cosine": float(value),
-                "watched": bool(index in watched),
-            }
-            for index, value in zip(title, cosine, strict=True)
-            if cosine.any()  # a default that training never touched is 0, and no title is near it
-        ],
-    }
+def _named(title_X: Tensor, cosine_X: Tensor, called: np.ndarray, watched: np.ndarray) -> list[dict[str, Any]]:
+    """Titles near a vector by name; none near 0, which a default is that training never touched."""
+    if not cosine_X.any():
+        return []
+    return [
+        {"index": index, "title": str(called[index]), "cosine": cosine, "watched": index in watched.tolist()}
+        for index, cosine in zip(title_X.tolist(), cosine_X.tolist(), strict=True)
+    ]
 
 
 def _category_names(predictor: Predictor) -> list[str]:

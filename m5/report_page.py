@@ -16,9 +16,12 @@ from m5.report_text import (
     COLUMNS,
     COMPARISON_HEAD,
     COMPARISON_NOTE,
+    INTEREST_HEAD,
     INTERVAL,
+    NO_BEHAVIOUR,
     comparison_rows,
     facts,
+    interest_notes,
     starred,
     verdict,
     with_interval,
@@ -94,7 +97,7 @@ def page(card: dict[str, Any]) -> str:
         _metrics(card),
         _experts(card["model"]),
         _gate(card["model"]),
-        _interests(card["model"]["viewers"]),
+        _interests(card["model"]),
     ]
     return PAGE.substitute(title=_text(title), body="\n".join(part for part in sections if part))
 
@@ -256,29 +259,19 @@ def _gate(model: dict[str, Any]) -> str:
     return "\n".join([heading, _paragraph(text), *bars])
 
 
-def _interests(viewers: list[dict[str, Any]]) -> str:
+def _interests(model: dict[str, Any]) -> str:
     """Per viewer a table: category, what they watched of it, what lies nearest to their interest."""
-    parts = [
-        "<h2>Interests and their nearest titles</h2>",
-        _paragraph(
-            "Of some viewers at a test request, as the model sees their recent history: the interest of each behaviour "
-            "category in the ID branch, and the titles whose ID embeddings have the highest cosine with it. Titles "
-            "never watched in training have no ID embedding and are not named. Recommendations mix all interests, so "
-            "they are not these lists. Marked ✓: among what the viewer has watched. A category without behaviour has "
-            "a learned default interest, the same for every viewer."
-        ),
-    ]
-    for viewer in viewers:
+    parts = ["<h2>Interests and their nearest titles</h2>", *map(_paragraph, interest_notes(model))]
+    for viewer in model["viewers"]:
         scenario = f" ({viewer['scenario']})" if viewer["scenario"] else ""
         parts.append(f"<h3>{_text('viewer ' + viewer['user'] + scenario)}</h3>")
         rows = []
         for one in viewer["interests"]:
-            count = "no behaviour: learned default" if one["learned_default"] else f"{one['behaviours']:,} watched"
-            titles = "<br>".join(_nearest(title) for title in one["nearest"])
+            count = NO_BEHAVIOUR if one["learned_default"] else f"{one['behaviours']:,} watched"
+            lists = ("<br>".join(_nearest(title) for title in one[kind]) or "—" for kind in ("nearest", "apart"))
             watched = "<br>".join(map(_text, one["last_watched"])) or "—"
-            rows.append([f"{_text(one['category'])}<small>{count}</small>", watched, titles or "—"])
-        head = ("category", "last watched, newest first", "nearest titles, cosine")
-        parts.append(_table(head, rows, [""] * len(rows), "titles"))
+            rows.append([f"{_text(one['category'])}<small>{count}</small>", watched, *lists])
+        parts.append(_table(INTEREST_HEAD, rows, [""] * len(rows), "titles"))
     return "\n".join(parts)
 
 

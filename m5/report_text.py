@@ -18,6 +18,9 @@ INTERVAL = "95% intervals: 2.5 and 97.5 percentiles over {samples:,} bootstrap s
 SMALL = "\\* fewer than 100 requests: read its numbers with their intervals."
 COLUMNS = (*METRICS, "coverage@10")
 
+NO_BEHAVIOUR = "no behaviour: learned default"
+INTEREST_HEAD = ("category", "last watched, newest first", "nearest titles, cosine", "nearest, less the viewers' mean")
+
 
 def verdict(card: dict[str, Any]) -> str:
     """One sentence on the comparison."""
@@ -67,7 +70,7 @@ def with_interval(part: dict[str, Any], metric: str) -> str:
 def facts(card: dict[str, Any]) -> dict[str, str]:
     """What was measured, by label."""
     settings, overall = card["settings"], card["slices"]["overall"]
-    part = f", a random {settings['max_targets']:,} targets of it at most" if settings["max_targets"] else ""
+    part = f", at most {settings['max_targets']:,} of its targets" if settings["max_targets"] else ""
     return {
         "run": card["run"],
         "checkpoint": f"step {card['checkpoint']['step']}, weights {card['checkpoint']['weights_sha256'][:12]}",
@@ -76,6 +79,25 @@ def facts(card: dict[str, Any]) -> dict[str, str]:
         "candidates": "all titles that the viewer may play"
         + (", but for those watched before" if settings["filter_seen"] else ", those watched before too"),
     }
+
+
+def interest_notes(model: dict[str, Any]) -> list[str]:
+    """What the lists of titles are, and how much one viewer's differ from another's."""
+    alike = ", ".join(f"{name} {value:.2f}" for name, value in model["alike"].items())
+    notes = [
+        "Of some viewers at a test request, as the model sees their recent history: the interest of each behaviour "
+        "category in the ID branch, and the titles whose ID embeddings have the highest cosine with it. Titles never "
+        "watched in training have no ID embedding and are not named. Recommendations mix all interests, so they are "
+        "not these lists. ✓: among what the viewer has watched. A category without behaviour has a learned default "
+        "interest, the same for every viewer.",
+        "The last column tells what sets a viewer apart: nearest to the interest less the mean of the viewers who have "
+        "behaviours of the category.",
+    ]
+    if alike:
+        notes.append(
+            f"Mean cosine between the interests of two viewers: {alike}. Near 1 all have the same nearest titles."
+        )
+    return notes
 
 
 def markdown(card: dict[str, Any]) -> str:
@@ -116,17 +138,22 @@ def _markdown_model(model: dict[str, Any]) -> list[str]:
     else:
         parts += [_markdown_table(("slice", "w"), [[name, f"{w:.3f}"] for name, w in model["gate"].items()]), ""]
     parts += [f"Means over {model['requests']:,} test requests.", "", "## Interests and their nearest titles"]
+    for note in interest_notes(model):
+        parts += ["", _plain(note)]
     for viewer in model["viewers"]:
         parts += ["", f"Viewer {_plain(viewer['user'])} {_plain(viewer['scenario'])}".rstrip(), ""]
         rows = [
             [
-                one["category"] + (" (no behaviour: learned default)" if one["learned_default"] else ""),
+                one["category"] + (f" ({NO_BEHAVIOUR})" if one["learned_default"] else ""),
                 "; ".join(one["last_watched"]) or "-",
-                "; ".join(f"{title['title']} ({title['cosine']:.2f})" for title in one["nearest"]) or "-",
+                *(
+                    "; ".join(f"{t['title']} ({t['cosine']:.2f})" for t in one[kind]) or "-"
+                    for kind in ("nearest", "apart")
+                ),
             ]
             for one in viewer["interests"]
         ]
-        parts.append(_markdown_table(("category", "last watched, newest first", "nearest titles (cosine)"), rows))
+        parts.append(_markdown_table(INTEREST_HEAD, rows))
     return parts
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,11 @@ from m5.best import content_digest
 from m5.cli import main, parse
 from m5.config import ModelConfig
 from m5.data.sequences import BatchBuilder
+from m5.eligibility import Eligibility
 from m5.evaluate import rank_rows, select_requests
 from m5.predict import Predictor
 from m5.report_compare import compare, holm
-from m5.report_model import Gates, example_viewers, expert_names, inner_life, nearest_titles
+from m5.report_model import Gates, Typical, example_viewers, expert_names, inner_life, nearest_titles, typical_interests
 from m5.report_page import page
 from m5.report_slices import METRICS, measure_slices, tenure_slices
 from m5.report_text import markdown, print_card
@@ -33,7 +35,7 @@ from tests.handmade import write_handmade
 from tests.world import tiny_config, write_world
 
 SAMPLES = 4_000
-NO_MODEL = {"mixing": "mlp", "requests": 1, "experts": {}, "gate": None, "viewers": []}
+NO_MODEL = {"mixing": "mlp", "requests": 1, "experts": {}, "gate": None, "alike": {}, "viewers": []}
 
 
 class Placed:
@@ -269,7 +271,7 @@ def test_markdown_keeps_names_in_their_cells(folder: Path, card: dict) -> None:
     assert text == markdown(card)
     tables = [line for line in text.splitlines() if line.startswith("|")]
     widths = [len(re.findall(r"(?<!\\)\|", line)) for line in tables]
-    assert set(widths) == {9, 12, 6, 3, 4}  # comparison, metrics, experts, gate, interests
+    assert set(widths) == {9, 12, 6, 3, 5}  # comparison, metrics, experts, gate, interests
     assert '\\<img src="x\\|' in text
     assert not re.search(r"(?<!\\)<", text)
 
@@ -325,7 +327,8 @@ def test_nearest_titles_by_a_loop(predictor: Predictor, card: dict) -> None:
     user_of_name = {name: place for place, name in enumerate(dataset.users["user_id"])}
     viewers = card["model"]["viewers"]
     assert len(viewers) == len({viewer["user"] for viewer in viewers}) == 5
-    assert viewers == example_viewers(predictor, requests, np.arange(len(requests.event)))
+    typical = typical_interests(predictor, requests.event)
+    assert viewers == example_viewers(predictor, requests, np.arange(len(requests.event)), typical)
     categories = ["unknown category", *dataset.manifest.categories.values]
     checked = 0
     for viewer in viewers:
@@ -334,17 +337,20 @@ def test_nearest_titles_by_a_loop(predictor: Predictor, card: dict) -> None:
             (batch,) = predictor.batches(events)
             interest_KD = predictor.forward(batch).interests.each()[0]
             assert [one["category"] for one in viewer["interests"]] == categories
-            for one, interest_D in zip(viewer["interests"], interest_KD, strict=True):
-                cosine = {
-                    index: float(torch.dot(interest_D, table[index]) / (interest_D.norm() * table[index].norm()))
-                    for index in np.flatnonzero(~cold)
-                }
-                best = sorted(cosine, key=lambda index: -cosine[index])[:5]
-                assert [title["index"] for title in one["nearest"]] == best
-                assert [title["cosine"] for title in one["nearest"]] == pytest.approx(
-                    [cosine[i] for i in best], abs=1e-5
-                )
-                checked += 1
+            for k, one in enumerate(viewer["interests"]):
+                apart_D = interest_KD[k] - typical.mean_KD[k]
+                for vector_D, named in ((interest_KD[k], one["nearest"]), (apart_D, one["apart"])):
+                    if not named:
+                        assert named is one["apart"] and one["learned_default"]
+                        continue
+                    cosine = {
+                        index: float(torch.dot(vector_D, table[index]) / (vector_D.norm() * table[index].norm()))
+                        for index in np.flatnonzero(~cold)
+                    }
+                    best = sorted(cosine, key=lambda index: -cosine[index])[:5]
+                    assert [title["index"] for title in named] == best
+                    assert [title["cosine"] for title in named] == pytest.approx([cosine[i] for i in best], abs=1e-5)
+                    checked += 1
     assert checked >= 3
 
 
@@ -374,6 +380,33 @@ def test_nearest_titles_leave_out_what_may_not_be_named() -> None:
     index, cosine = nearest_titles(torch.tensor([[5.0, 0.0]]), key_ND, allowed_N, 7)
     assert index.tolist() == [[2, 1, 3]]
     assert cosine[0].tolist() == pytest.approx([0.5**0.5, 0, -1])
+
+
+def test_typical_interests_leave_defaults_out() -> None:
+    interest_PKD = torch.tensor([[[1.0, 0.0], [9.0, 9.0]], [[0.0, 3.0], [5.0, 1.0]], [[1.0, 0.0], [9.0, 9.0]]])
+    typical = Typical.of(interest_PKD, torch.tensor([[True, False], [True, True], [True, False]]))
+    torch.testing.assert_close(typical.mean_KD, torch.tensor([[2 / 3, 1.0], [5.0, 1.0]]))
+    assert typical.alike_K[0] == pytest.approx((0 + 0 + 1) / 3)  # cosines of the three pairs
+    assert not typical.alike_K[1].isfinite()
+
+
+def test_typical_interests_of_the_run(predictor: Predictor, card: dict) -> None:
+    """One by one: the interests of viewers who watched a title of the category lately."""
+    requests = select_requests(predictor.dataset, "test", eligibility=Eligibility.from_dataset(predictor.dataset))
+    of_category: dict[int, list[torch.Tensor]] = {}
+    for event in requests.event:
+        (batch,) = predictor.batches(np.array([event]))
+        interest_KD = predictor.forward(batch).interests.each()[0]
+        start = max(predictor.dataset.offsets[predictor.dataset.user_of(np.array([event]))[0]], event - 6)
+        for k in {int(predictor.builder.category[title]) for title in predictor.builder.title[start:event]}:
+            of_category.setdefault(k, []).append(interest_KD[k])
+    typical = typical_interests(predictor, requests.event)
+    names = ["unknown category", *predictor.dataset.manifest.categories.values]
+    assert set(of_category) == {0, 1, 2}
+    for k, interests in of_category.items():
+        torch.testing.assert_close(typical.mean_KD[k], torch.stack(interests).mean(0), atol=1e-5, rtol=1e-4)
+        cosines = [torch.cosine_similarity(a, b, dim=0) for a, b in combinations(interests, 2)]
+        assert card["model"]["alike"][names[k]] == pytest.approx(float(torch.stack(cosines).mean()), abs=1e-4)
 
 
 @pytest.mark.parametrize("override", ["model.mixing=mlp", "model.content=[]", "model.categories=false"])
