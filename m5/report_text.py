@@ -83,7 +83,7 @@ def facts(card: dict[str, Any]) -> dict[str, str]:
 
 def interest_notes(model: dict[str, Any]) -> list[str]:
     """What the lists of titles are, and how much one viewer's differ from another's."""
-    alike = ", ".join(f"{name} {value:.2f}" for name, value in model["alike"].items())
+    alike = ", ".join(f"{name} {value:.3f}" for name, value in model["alike"].items())
     notes = [
         "Of some viewers at a test request, as the model sees their recent history: the interest of each behaviour "
         "category in the ID branch, and the titles whose ID embeddings have the highest cosine with it. Titles never "
