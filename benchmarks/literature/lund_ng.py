@@ -93,7 +93,7 @@ def fit(data: Data, settings: Settings, seed: int, seconds: float) -> NetworkSco
     torch.manual_seed(seed)
     shape = {name: settings[name] for name in ("loss", "width", "layers", "dropout", "masked")}
     network = LundNg(data, **shape)
-    return train_network("lund-ng", network, data, seed=seed, seconds=seconds, lr=settings["lr"], batch_size=128)
+    return train_network("lund-ng", network, data, seed=seed, seconds=seconds, lr=settings["lr"], batch_size=32)
 
 
 class RatingAutoencoder(RatingNetwork):
@@ -164,10 +164,10 @@ SYSTEM = System(
         "the publication ranks by predicted rating, which learns nothing of what is not watched."
     ),
     settings=(
-        {"loss": "softmax", "width": 256, "layers": 1, "dropout": 0.2, "masked": 0.5, "lr": 2e-3},
-        {"loss": "rating", "width": 256, "layers": 1, "dropout": 0.2, "masked": 0.5, "lr": 1e-3},
-        {"loss": "softmax", "width": 256, "layers": 1, "dropout": 0.5, "masked": 0.3, "lr": 2e-3},
-        {"loss": "softmax", "width": 128, "layers": 2, "dropout": 0.2, "masked": 0.5, "lr": 1e-3},
+        {"loss": "softmax", "width": 128, "layers": 1, "dropout": 0.2, "masked": 0.5, "lr": 3e-3},
+        {"loss": "rating", "width": 128, "layers": 1, "dropout": 0.2, "masked": 0.5, "lr": 1e-3},
+        {"loss": "softmax", "width": 64, "layers": 1, "dropout": 0.2, "masked": 0.5, "lr": 3e-3},
+        {"loss": "softmax", "width": 256, "layers": 2, "dropout": 0.4, "masked": 0.3, "lr": 1e-3},
     ),
     fit=fit,
 )

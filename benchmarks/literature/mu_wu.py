@@ -192,7 +192,7 @@ def fit(data: Data, settings: Settings, seed: int, seconds: float) -> NetworkSco
     torch.manual_seed(seed)
     shape = {name: settings[name] for name in ("loss", "width", "channels", "dropout")}
     network = MuWu(data, **shape)
-    return train_network("mu-wu", network, data, seed=seed, seconds=seconds, lr=settings["lr"], batch_size=64)
+    return train_network("mu-wu", network, data, seed=seed, seconds=seconds, lr=settings["lr"], batch_size=32)
 
 
 class RatingTowers(RatingNetwork):
@@ -245,10 +245,10 @@ SYSTEM = System(
         '"softmax" the towers tell what was watched from what was not; the publication predicts ratings.'
     ),
     settings=(
-        {"loss": "softmax", "width": 64, "channels": 16, "dropout": 0.2, "lr": 2e-3},
-        {"loss": "rating", "width": 64, "channels": 16, "dropout": 0.2, "lr": 1e-3},
-        {"loss": "softmax", "width": 64, "channels": 16, "dropout": 0.1, "lr": 4e-3},
-        {"loss": "softmax", "width": 128, "channels": 16, "dropout": 0.3, "lr": 1e-3},
+        {"loss": "softmax", "width": 32, "channels": 8, "dropout": 0.1, "lr": 1e-2},
+        {"loss": "rating", "width": 32, "channels": 8, "dropout": 0.1, "lr": 3e-3},
+        {"loss": "softmax", "width": 64, "channels": 16, "dropout": 0.1, "lr": 8e-3},
+        {"loss": "softmax", "width": 64, "channels": 8, "dropout": 0.2, "lr": 5e-3},
     ),
     fit=fit,
 )

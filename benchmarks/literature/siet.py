@@ -22,6 +22,7 @@ SOURCE = (
     "Siet, Peng, Ilkhomjon, Kang and Park, Enhancing sequence movie recommendation system using deep learning and "
     "KMeans, Applied Sciences 14(6):2505, 2024, doi 10.3390/app14062505"
 )
+CLUSTERS = 8
 SCORED = 2**22  # elements of a request-title pair's hidden layer that are held at a time
 
 
@@ -91,7 +92,15 @@ class Siet(Network):
     windows = "every"
 
     def __init__(
-        self, data: Data, *, loss: str, width: int, blocks: int, dropout: float, negatives: int, positions: int = 512
+        self,
+        data: Data,
+        *,
+        loss: str,
+        width: int,
+        blocks: int,
+        dropout: float,
+        negatives: int = 128,
+        positions: int = 256,
     ):
         super().__init__()
         self.encoder = History(
@@ -118,7 +127,8 @@ class Siet(Network):
         """[N, N], sparse."""
         place_N = torch.arange(self.n_titles)
         shape = (self.n_titles, self.n_titles)
-        return torch.sparse_coo_tensor(torch.stack([place_N, place_N]), torch.ones(self.n_titles), shape).coalesce()
+        one_N = torch.ones(self.n_titles)
+        return torch.sparse_coo_tensor(torch.stack([place_N, place_N]), one_N, shape, check_invariants=False).coalesce()
 
     def loss(self, batch: Sequences) -> Tensor:
         valid_BL = batch.valid_BL
@@ -189,11 +199,10 @@ class SietScorer:
 
 def fit(data: Data, settings: Settings, seed: int, seconds: float) -> SietScorer:
     torch.manual_seed(seed)
-    shape = {name: settings[name] for name in ("loss", "blocks", "dropout", "negatives")}
-    network = Siet(data, width=64, **shape)
-    train_network("siet", network, data, seed=seed, seconds=seconds, lr=settings["lr"], batch_size=64)
-    strength = settings["diversity"]
-    return SietScorer(network, data, genre_clusters(data, settings["clusters"], seed), strength)
+    shape = {name: settings[name] for name in ("loss", "width", "blocks", "dropout")}
+    network = Siet(data, **shape)
+    train_network("siet", network, data, seed=seed, seconds=seconds, lr=settings["lr"], batch_size=16)
+    return SietScorer(network, data, genre_clusters(data, CLUSTERS, seed), settings["diversity"])
 
 
 class RatingTransformer(RatingNetwork):
@@ -266,18 +275,10 @@ SYSTEM = System(
         "others; the publication predicts ratings."
     ),
     settings=(
-        {"loss": "softmax", "blocks": 1, "dropout": 0.1, "negatives": 256, "lr": 3e-3, "diversity": 0.0, "clusters": 8},
-        {"loss": "rating", "blocks": 1, "dropout": 0.1, "negatives": 0, "lr": 1e-3, "diversity": 0.1, "clusters": 8},
-        {
-            "loss": "softmax",
-            "blocks": 1,
-            "dropout": 0.1,
-            "negatives": 256,
-            "lr": 3e-3,
-            "diversity": 0.05,
-            "clusters": 8,
-        },
-        {"loss": "softmax", "blocks": 2, "dropout": 0.2, "negatives": 256, "lr": 2e-3, "diversity": 0.0, "clusters": 8},
+        {"loss": "softmax", "width": 32, "blocks": 1, "dropout": 0.1, "lr": 5e-3, "diversity": 0.0},
+        {"loss": "rating", "width": 32, "blocks": 1, "dropout": 0.1, "lr": 3e-3, "diversity": 0.05},
+        {"loss": "softmax", "width": 32, "blocks": 1, "dropout": 0.1, "lr": 1e-2, "diversity": 0.01},
+        {"loss": "softmax", "width": 48, "blocks": 2, "dropout": 0.1, "lr": 3e-3, "diversity": 0.0},
     ),
     fit=fit,
 )
