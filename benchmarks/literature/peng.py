@@ -160,10 +160,9 @@ class UntilTheClock(BaseCallback):
         return self.stale < PATIENCE and elapsed < self.seconds
 
 
-def fit(data: Data, settings: Settings, seed: int, seconds: float) -> ActorScorer:
-    began = time.monotonic()
-    states = States(data, title_factors(data, settings["factors"], seed))
-    agent = DDPG(
+def make_agent(data: Data, states: States, settings: Settings, seed: int) -> DDPG:
+    """DDPG before its first step, in the log of the training period."""
+    return DDPG(
         RefiningPolicy,
         LoggedViewers(data, states, viewers=VIEWERS, seed=seed),
         learning_rate=settings["lr"],
@@ -178,8 +177,13 @@ def fit(data: Data, settings: Settings, seed: int, seconds: float) -> ActorScore
         seed=seed,
         device="cpu",
     )
+
+
+def fit(data: Data, settings: Settings, seed: int, seconds: float) -> ActorScorer:
+    began = time.monotonic()
+    states = States(data, title_factors(data, settings["factors"], seed))
     clock = UntilTheClock(data, states, began, seconds)
-    agent.learn(10**12, callback=clock)
+    make_agent(data, states, settings, seed).learn(10**12, callback=clock)
     assert clock.best is not None
     return clock.best
 

@@ -30,7 +30,7 @@ def title_factors(data: Data, factors: int, seed: int) -> np.ndarray:
 
     Args:
         data: with the training matrix.
-        factors: D; fewer where the matrix has fewer columns.
+        factors: D; fewer where there are fewer viewers or titles.
         seed: of the randomised solver.
 
     Returns:
@@ -57,13 +57,13 @@ class States:
 
     def __init__(self, data: Data, factor_ND: np.ndarray):
         self.data, self.history = data, data.history
-        self.start_T = data.dataset.offsets
         self.factor_ND = factor_ND
         self.size = PARTS * factor_ND.shape[1]
 
     def before(self, event: np.ndarray) -> np.ndarray:
         """int64 [B] events -> float32 [B, S]; only what lies before each event is read."""
-        watched_B = np.minimum(event - self.start_T[self.data.dataset.user_of(event)], self.history)
+        dataset = self.data.dataset
+        watched_B = np.minimum(event - dataset.offsets[dataset.user_of(event)], self.history)
         columns = int(max(1, watched_B.max()))
         ago_L = np.arange(1, columns + 1)
         inside_BL = ago_L <= watched_B[:, None]
@@ -106,6 +106,7 @@ class LoggedViewers(VecEnv):
         self.last_V = np.zeros(viewers, dtype=np.int64)
         D = states.factor_ND.shape[1]
         self.action_VD = np.zeros((viewers, D), dtype=np.float32)
+        self.render_mode = None
         super().__init__(
             viewers,
             gym.spaces.Box(-np.inf, np.inf, (states.size,), np.float32),
