@@ -288,5 +288,5 @@ RATING_SYSTEM = RatingSystem(
     source=SOURCE,
     fit_predict=fit_predict,
     claimed={"ml-100k": (1.0756, None)},
-    protocol="Publication: sequences split once, next rating. Here: 5 folds, earlier ratings of the training folds.",
+    protocol="Published: sequences of its own making. Here: 5 folds, earlier ratings of the training folds.",
 )
