@@ -125,8 +125,10 @@ def train_ratings(
 def predict(network: RatingNetwork, pairs: Ratings) -> np.ndarray:
     """float32 [R] stars."""
     network.eval()
-    parts = [
-        network.predict(pairs.take(np.arange(first, min(first + PREDICTED, len(pairs.user_R)))))
-        for first in range(0, len(pairs.user_R), PREDICTED)
-    ]
-    return torch.cat(parts).numpy() if parts else np.zeros(0, dtype=np.float32)
+    # By user: a network that reads whole users reads each once.
+    order_R = np.argsort(pairs.user_R, kind="stable")
+    predicted_R = np.zeros(len(order_R), dtype=np.float32)
+    for first in range(0, len(order_R), PREDICTED):
+        part = order_R[first : first + PREDICTED]
+        predicted_R[part] = network.predict(pairs.take(part)).numpy()
+    return predicted_R
