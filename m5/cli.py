@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_bench(commands)
     _add_tune(commands)
+    _add_compare(commands)
     return parser
 
 
@@ -266,6 +267,28 @@ def _tune(options: argparse.Namespace) -> None:
     from tune.search import search
 
     search(**{name: value for name, value in vars(options).items() if name != "command"})
+
+
+def _add_compare(commands) -> None:
+    text = "the literature's systems beside M5 on one dataset, with one budget and one evaluator"
+    parser = add_command(commands, "compare", _compare, text)
+    parser.add_argument("--data", type=Path, required=True, help="prepared dataset")
+    parser.add_argument("--systems", nargs="+", default=["all"], metavar="NAME", help="all (default), or row names")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the comparison; what is there is kept")
+    parser.add_argument("--preset", default="default", help="what M5's row starts from: name or YAML file")
+    parser.add_argument("--history", type=count, default=50, help="behaviours that a system reads (default: 50)")
+    parser.add_argument("--seconds", type=float, default=90.0, help="of training for each system (default: 90)")
+    parser.add_argument("--trials", type=count, default=3, help="settings that a system may try (default: 3)")
+    parser.add_argument("--seeds", type=count, default=3, help="trainings of those chosen (default: 3)")
+    parser.add_argument("--jobs", type=count, help="systems at a time (default: one a core)")
+    parser.add_argument("--keep-seen", action="store_true", help="titles that a viewer has watched stay candidates")
+    parser.add_argument("--max-targets", type=count, help="rank a random part of the test targets")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from benchmarks.literature.compare import compare
+
+    return compare(**{name: value for name, value in vars(options).items() if name != "command"})
 
 
 if __name__ == "__main__":

@@ -146,6 +146,9 @@ class Shown:
     Args:
         candidates: whose slices are told apart.
         device: where lists are.
+
+    Attributes:
+        count: int64 [N + 1], how often each title stood in a list of the shortest cutoff; the last place is no title.
     """
 
     def __init__(self, candidates: Candidates, device: torch.device):
@@ -157,9 +160,11 @@ class Shown:
             for name in candidates.member
             for k in CUTOFFS
         }
+        self.count = torch.zeros(places, dtype=torch.int64, device=device)
 
     def add(self, rows: np.ndarray, top_BK: Tensor) -> None:
         """int64 [B] requests and int64 [B, K] their lists, best first, N where there is no title."""
+        self.count += torch.bincount(top_BK[:, : CUTOFFS[0]].flatten(), minlength=len(self.count))
         for name, member in self.candidates.member.items():
             inside = np.flatnonzero(member[rows])
             if not len(inside):

@@ -62,12 +62,20 @@ class Data:
         history: most recent behaviours that a system reads.
         filter_seen: whether rankings leave watched titles out.
         validation_targets: random part of the validation targets that choices are made on.
+        preset: that M5's row starts from.
     """
 
     def __init__(
-        self, dataset: PreparedDataset, *, history: int, filter_seen: bool = True, validation_targets: int = 2_000
+        self,
+        dataset: PreparedDataset,
+        *,
+        history: int,
+        filter_seen: bool = True,
+        validation_targets: int = 2_000,
+        preset: str = "default",
     ):
         manifest = dataset.manifest
+        self.preset = preset
         self.dataset, self.history = dataset, history
         self.filter_seen, self.validation_targets = filter_seen, validation_targets
         self.n_titles, self.n_users = manifest.n_titles, manifest.n_users
@@ -76,7 +84,7 @@ class Data:
         self.train = np.flatnonzero(np.asarray(dataset.event_array("split")) == TRAIN)
         if not len(self.train):
             raise DataError(f"{dataset.folder}: no event lies in the training period, so there is nothing to fit.")
-        self.cold = dataset.titles["cold"].to_numpy(bool)
+        self.cold = dataset.titles["cold"].to_numpy(bool).copy()
         self.train_count = dataset.titles["train_count"].to_numpy(np.float64)
         self.scenarios = [v.name for v in manifest.scenarios]
         per_event = [(f"scenario_{v.name}", v.size) for v in manifest.scenarios]
@@ -141,14 +149,14 @@ class Data:
         # Cut from the end: the first stretch is the short one.
         return self.train[first[user] + count[user] - 1 - part * size]
 
-    def sequences(self, event: np.ndarray) -> Sequences:
-        """int64 [B] target events -> what their viewers had done before, at most `history` behaviours.
+    def sequences(self, event: np.ndarray, history: int | None = None) -> Sequences:
+        """int64 [B] target events -> what their viewers had done before, at most `history` (or fewer) behaviours.
 
         Only what lies before the target event is read, and the time and features of its request.
         """
         event = np.asarray(event, dtype=np.int64)
         user = self.dataset.user_of(event)
-        start = np.maximum(self.dataset.offsets[user], event - self.history)
+        start = np.maximum(self.dataset.offsets[user], event - min(history or self.history, self.history))
         length = event - start + 1
         column_L = np.arange(int(length.max()))
         inside_BL = column_L < length[:, None]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.literature.data import AGE_BUCKETS, Data, Sequences
-from m5.evaluate import evaluate
+from m5.evaluate import Scorer, evaluate
 
 VALIDATIONS = 6  # that a training has time for, spread over it
 PATIENCE = 3  # validations without a better NDCG@10 before it ends
@@ -27,11 +27,12 @@ class Network(nn.Module):
     """What the loop needs of a system's network. `windows` says what a training example is.
 
     every: stretches of a viewer's events, each of which is a target (causal networks); last: single events.
-    `softmax` is `FullSoftmax` or `SampledSoftmax`.
+    `softmax` is `FullSoftmax` or `SampledSoftmax`. `history`: behaviours that it reads, where fewer than all.
     """
 
     windows: Literal["every", "last"] = "last"
     softmax: nn.Module
+    history: int | None = None
 
     def queries(self, batch: Sequences) -> Tensor:
         """[B, D] or, with several interests, [B, I, D]: of each sequence's last request."""
@@ -144,7 +145,7 @@ class NetworkScorer:
         """int64 [B] -> float32 [B, N]."""
         parts = []
         for first in range(0, len(event_index), 256):
-            query = self.network.queries(self.data.sequences(event_index[first : first + 256]))
+            query = self.network.queries(self.data.sequences(event_index[first : first + 256], self.network.history))
             score = query @ self.key_ND.T
             parts.append(score if score.dim() == 2 else score.amax(1))
         return torch.cat(parts)
@@ -184,12 +185,12 @@ def train_network(
             stale = 0 if value > best_value else stale + 1
             if value > best_value:
                 best, best_value = copy.deepcopy(network.state_dict()), value
-            due = time.monotonic() - began + seconds / VALIDATIONS
+            due = min(seconds, time.monotonic() - began + seconds / VALIDATIONS)
             if stale >= PATIENCE or elapsed >= seconds:
                 break
         network.train()
         optimizer.param_groups[0]["lr"] = lr * max(0.02, 1 - elapsed / seconds)
-        loss = network.loss(data.sequences(event))
+        loss = network.loss(data.sequences(event, network.history))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -206,7 +207,7 @@ def _shuffled(events: np.ndarray, size: int, generator: np.random.Generator) -> 
             yield order[first : first + size]
 
 
-def validate(scorer: NetworkScorer, data: Data) -> float:
+def validate(scorer: Scorer, data: Data) -> float:
     """NDCG@10 on the validation targets that all choices are made on."""
     report = evaluate(
         data.dataset,

@@ -50,7 +50,7 @@ def fit(data: Data, settings: Settings, seed: int, seconds: float) -> NetworkSco
     network = SASRec(
         data, width=64, blocks=settings["blocks"], dropout=settings["dropout"], negatives=settings["negatives"]
     )
-    return train_network("sasrec", network, data, seed=seed, seconds=seconds, lr=settings["lr"], batch_size=64)
+    return train_network("sasrec", network, data, seed=seed, seconds=seconds, lr=settings["lr"], batch_size=16)
 
 
 SYSTEM = System(
@@ -63,10 +63,10 @@ SYSTEM = System(
     built_on="own, on torch's TransformerEncoder (RecTools' needs NumPy 1)",
     departures="Sampled softmax with log Q correction for binary cross-entropy with one negative.",
     settings=(
-        {"blocks": 2, "dropout": 0.2, "negatives": 512, "lr": 2e-3},
-        {"blocks": 1, "dropout": 0.2, "negatives": 512, "lr": 4e-3},
-        {"blocks": 2, "dropout": 0.1, "negatives": 512, "lr": 4e-3},
-        {"blocks": 2, "dropout": 0.2, "negatives": 128, "lr": 1e-3},
+        {"blocks": 1, "dropout": 0.1, "negatives": 256, "lr": 5e-3},
+        {"blocks": 2, "dropout": 0.1, "negatives": 256, "lr": 3e-3},
+        {"blocks": 1, "dropout": 0.2, "negatives": 512, "lr": 5e-3},
+        {"blocks": 1, "dropout": 0.2, "negatives": 256, "lr": 1e-2},
     ),
     fit=fit,
 )
