@@ -1,0 +1,371 @@
+"""Text and tables of a comparison's report, section by section, as blocks of `report_document`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.literature import report_plots as plots
+from benchmarks.literature.report_document import (
+    Block,
+    Bullets,
+    Code,
+    Heading,
+    Strong,
+    Table,
+    paragraph,
+)
+from benchmarks.literature.report_figures import (
+    MEASURE,
+    Comparison,
+    Row,
+    interval,
+    number,
+    reason_of,
+    signed,
+    time_used,
+    verdict,
+    why_not_first,
+)
+
+RATING = ("lund-ng", "mu-wu", "siet")  # published for the prediction of ratings
+SEARCH = "docs/results/2026-11-27-search.md"
+
+
+def head(comparison: Comparison) -> list[Block]:
+    """Verdict, what was compared on what, and how."""
+    report = comparison.report
+    machine, dataset = report["machine"], report["dataset"]
+    memory = f", {machine['memory_gb']:g} GB of memory" if machine.get("memory_gb") else ""
+    load = f", load {machine['load_before']:g} when this was written" if machine.get("load_before") is not None else ""
+    versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
+    rows = [
+        ["dataset", f"{dataset['name']} ({dataset['content_hash'][:12]})"],
+        [
+            "sizes",
+            f"{dataset['users']:,} viewers, {dataset['titles']:,} titles ({dataset['cold_titles']:,} cold), "
+            f"{dataset['events']:,} events; {comparison.requests('overall'):,} test requests",
+        ],
+        ["date", report["date"]],
+        ["command", Code(report["command"])],
+        ["machine", f"{machine['cpu']}{memory}{load}; GPU: {machine.get('gpu') or 'none'}"],
+        ["versions", f"{versions}; commit {machine.get('commit', 'unknown')}"],
+    ]
+    why = why_not_first(comparison)
+    blocks: list[Block] = [paragraph(verdict(comparison), kind="verdict")]
+    if why:
+        blocks.append(paragraph(Strong("Where the distance lies."), *why))
+    if comparison.absent:
+        names = ", ".join(f"{record['name']} ({reason_of(record)})" for record in comparison.absent)
+        blocks.append(paragraph(f"Without results: {names}."))
+    return [*blocks, Table(["item", "value"], rows, kind="long"), Heading("Protocol"), Bullets(protocol(comparison))]
+
+
+def protocol(comparison: Comparison) -> list[str]:
+    """What all systems share, a sentence or two each."""
+    setup = comparison.report["setup"]
+    seen = (
+        "Watched titles are left out of the lists." if setup["filter_seen"] else "Watched titles may be listed again."
+    )
+    part = "" if setup["max_targets"] is None else f" A random part of at most {setup['max_targets']:,} is ranked."
+    cells = len(comparison.cells())
+    said = [
+        f"The task is matching: rank all titles that the viewer's rights allow at that time, and find the one watched. "
+        f"All systems share the split, the requests, the candidates and the evaluator. {seen}{part}",
+        f"A system reads the last {setup['history']} behaviours of a viewer.",
+        f"A system has {setup['seconds']:g} s of training altogether. A third is for tuning: at most {setup['trials']} "
+        f"settings, chosen on validation NDCG@10 of at most {setup['validation_targets']:,} targets. The rest is for "
+        f"{setup['seeds']} seeds, {comparison.allowed_seconds:.1f} s each. Systems without chance are trained once.",
+        "So training time is bounded, and systems that learn slowly are undertrained here. The figures say what a "
+        "system reaches in that time, not what it can reach. The cost table says who used it all.",
+        f"Systems ran {setup.get('jobs', 1)} at a time and shared the machine's cores evenly.",
+        f"M5 starts from the preset {setup['preset']}.",
+        "Intervals are 95% each, from a paired bootstrap over viewers of M5's NDCG@10 less the system's, the mean over "
+        "seeds, given these trainings. “Clear” means that the interval does not hold 0. The standard deviation over "
+        "seeds is apart from that.",
+    ]
+    if cells:
+        said.append(
+            f"Intervals are not corrected for the number of cells: there are {cells} (a system in a slice), and of as "
+            f"many without any difference about {0.05 * cells:.0f} would look clear by chance."
+        )
+    return said
+
+
+def main_table(comparison: Comparison) -> list[Block]:
+    columns = ("hr@10", "hr@50", "hr@200", "mrr@10", "coverage@10")
+    names = [column.upper() if column != "coverage@10" else column for column in columns]
+    rows = []
+    for row in comparison.rows:
+        cell = comparison.cell(row)
+        against = ["—", "—"]
+        if cell is not None:
+            clear = {"m5": "M5 better", None: "not clear"}.get(cell.better, f"{row.label} better")
+            against = [f"{signed(cell.difference)} ({interval(cell)})", clear]
+        measured = [number(row.mean(column)) for column in columns]
+        spread = number(row.spread(MEASURE))
+        rows.append(_own(comparison, row, [row.label, number(row.ndcg), spread, *measured, *against]))
+    table_head = ["system", "NDCG@10", "±", *names, "M5 less system (95%)", "clear?"]
+    note = (
+        "All requests; mean over seeds, best NDCG@10 first. ±: sample standard deviation over seeds, — with one run. "
+        "Coverage is the share of candidates that stand in a list of ten of anyone."
+    )
+    return [
+        Heading("All requests"),
+        paragraph(note, kind="note"),
+        Table(table_head, rows, _own_at(comparison)),
+        plots.quality_against_cost(comparison),
+    ]
+
+
+def _own(comparison: Comparison, row: Row, cells: Sequence[str]) -> list[str]:
+    return [Strong(cell) for cell in cells] if row is comparison.own else list(cells)
+
+
+def _own_at(comparison: Comparison, rows: Sequence[Row] | None = None) -> int | None:
+    rows = comparison.rows if rows is None else rows
+    return next((index for index, row in enumerate(rows) if row is comparison.own), None)
+
+
+def where_m5_is_beaten(comparison: Comparison) -> list[Block]:
+    """Cells in which a system is clearly better, those where it is ahead, and measures besides NDCG@10."""
+    own = comparison.own
+    if own is None or not comparison.others:
+        return []
+    cells = comparison.cells()
+    beaten, ahead = [cell for cell in cells if cell.beats], [cell for cell in cells if cell.ahead]
+    blocks: list[Block] = [Heading("Where a system beats M5")]
+    if beaten:
+        rows = [
+            [
+                cell.row.label,
+                _starred(comparison, cell.part),
+                f"{comparison.requests(cell.part):,}",
+                number(cell.row.mean(MEASURE, cell.part)),
+                number(own.mean(MEASURE, cell.part)),
+                f"{signed(cell.difference)} ({interval(cell)})",
+            ]
+            for cell in beaten
+        ]
+        note = f"Clearly better than M5 on NDCG@10 in {len(beaten)} of {len(cells)} cells:"
+        table_head = ["system", "slice", "requests", "its NDCG@10", "M5's", "M5 less system (95%)"]
+        blocks += [paragraph(note), Table(table_head, rows)]
+    else:
+        blocks.append(paragraph(f"Clearly, on NDCG@10: nowhere, in {len(cells)} cells."))
+    if ahead:
+        listed = [
+            f"{row.label}: "
+            + ", ".join(f"{_starred(comparison, cell.part)} ({signed(cell.difference)})" for cell in own_cells)
+            for row in comparison.others
+            if (own_cells := [cell for cell in ahead if cell.row is row])
+        ]
+        blocks += [paragraph("Higher mean than M5, not clearly (M5 less system):"), Bullets(listed)]
+    else:
+        blocks.append(paragraph("Higher mean without being clear: nowhere."))
+    rows = [
+        [label, _amount(label, value), ", ".join(f"{row.label} {_amount(label, one)}" for row, one in better) or "none"]
+        for label, value, better in comparison.better_than_m5()
+    ]
+    text = "Better than M5 at other measures, by the mean alone and untested, best first:"
+    return [
+        *blocks,
+        paragraph(text),
+        Table(["measure", "M5", "better than M5"], rows, kind="long"),
+        *_small(comparison),
+    ]
+
+
+def _amount(label: str, value: float) -> str:
+    """A metric as .1234; seconds, memory and milliseconds with the digits that matter."""
+    return number(value) if "@" in label else amount(value)
+
+
+def amount(value: float) -> str:
+    """Three significant digits, whole above 100."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return "<0.001" if 0 < value < 0.001 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def _starred(comparison: Comparison, part: str) -> str:
+    return f"{part}*" if comparison.small(part) else part
+
+
+def _small(comparison: Comparison) -> list[Block]:
+    if not any(map(comparison.small, comparison.parts)):
+        return []
+    return [paragraph("* fewer than 100 requests: read its numbers with their intervals.", kind="note")]
+
+
+def scenarios(comparison: Comparison) -> list[Block]:
+    if not comparison.scenarios:
+        return [Heading("By scenario"), paragraph("The dataset has no scenarios.")]
+    names = [_starred(comparison, part) for part in comparison.scenarios]
+    rows = [["requests", *(f"{comparison.requests(part):,}" for part in comparison.scenarios)]]
+    for row in comparison.rows:
+        cells = []
+        for part in comparison.scenarios:
+            sign = plots.mark(comparison, row, part)
+            text = f"{number(row.mean(MEASURE, part))} {sign}".strip()
+            cells.append(Strong(text) if sign == plots.CLEAR else text)
+        rows.append(_own(comparison, row, [row.label, *cells]))
+    own = _own_at(comparison)
+    note = f"NDCG@10. {plots.CLEAR} and bold: clearly better than M5. {plots.AHEAD}: ahead of M5, not clearly."
+    return [
+        Heading("By scenario"),
+        paragraph(note, kind="note"),
+        Table(["system", *names], rows, None if own is None else own + 1),
+        *_small(comparison),
+        plots.by_scenario(comparison),
+    ]
+
+
+def cold_titles(comparison: Comparison) -> list[Block]:
+    if "cold" not in comparison.parts:
+        return [
+            Heading("Cold titles"),
+            paragraph("No test request asks for a title launched after the training period."),
+        ]
+    rows = sorted(comparison.rows, key=lambda row: -row.mean("hr@50", "cold"))
+    warm = "warm" in comparison.parts
+    table = []
+    for row in rows:
+        cells = [row.label, number(row.mean("hr@50", "cold")), number(row.spread("hr@50", "cold"))]
+        cells += [number(row.mean(MEASURE, "cold")), number(row.mean(MEASURE, "warm") if warm else None)]
+        table.append(_own(comparison, row, cells))
+    guess = 50 / comparison.report["dataset"]["titles"]
+    note = (
+        f"Cold titles were launched after the training period: {comparison.requests('cold'):,} requests ask for one. A "
+        "system that knows titles by their watches alone cannot rank them. A random order would reach HR@50 of at "
+        f"least {number(min(1.0, guess))} (50 of all titles; rights leave fewer to choose from)."
+    )
+    table_head = ["system", "HR@50, cold", "± over seeds", "NDCG@10, cold", "NDCG@10, warm"]
+    own = _own_at(comparison, rows)
+    return [Heading("Cold titles"), paragraph(note), Table(table_head, table, own), plots.cold(comparison)]
+
+
+def popularity(comparison: Comparison) -> list[Block]:
+    rows = sorted(comparison.rows, key=lambda row: -row.head)
+    targets = number(float(rows[0].record["head_of_targets"]))
+    table = [
+        _own(
+            comparison,
+            row,
+            [
+                row.label,
+                number(row.head),
+                *(number(row.mean(name)) for name in ("coverage@10", "debiased_hr@10", "hr@10")),
+            ],
+        )
+        for row in rows
+    ]
+    note = (
+        "Share of all places in lists of ten that the 10% most watched titles of the training period take. Of what "
+        f"viewers watched in the test period it is {targets}. "
+        "Debiased HR@10 weighs a hit against its title's popularity."
+    )
+    table_head = ["system", "share of the head", "coverage@10", "debiased HR@10", "HR@10"]
+    own = _own_at(comparison, rows)
+    return [Heading("Popularity bias"), paragraph(note), Table(table_head, table, own), plots.popularity(comparison)]
+
+
+def cost(comparison: Comparison) -> list[Block]:
+    rows = []
+    for row in comparison.rows:
+        parameters = row.record["cost"]["parameters"]
+        costs = [amount(row.cost(key)) for key in ("train_seconds", "tuning_seconds", "peak_memory_mb", "query_ms")]
+        used = f"{100 * time_used(comparison, row):.0f}%"
+        cells = [row.label, costs[0], used, *costs[1:], f"{parameters:,}" if parameters is not None else "—"]
+        rows.append(_own(comparison, row, cells))
+    over = [f"{row.label} {100 * share:.0f}%" for row in comparison.rows if (share := time_used(comparison, row)) > 1.1]
+    note = (
+        f"Seconds of one training, mean over seeds; {comparison.allowed_seconds:.1f} were allowed. From about 90% on "
+        "the clock probably ended a training, and it may be undertrained. What is built before and after counts too, "
+        f"so that more than 100% is possible; above 110%: {', '.join(over) or 'none'}. Memory is the peak of the "
+        "system's process, libraries and data included. A request is scored against all titles, in a batch of 256. "
+        "Systems ran beside each other, so times are rough."
+    )
+    table_head = [
+        "system",
+        "training, s",
+        "of the time allowed",
+        "tuning, s",
+        "peak memory, MB",
+        "ms a request",
+        "parameters",
+    ]
+    return [Heading("Cost"), paragraph(note), Table(table_head, rows, _own_at(comparison))]
+
+
+def systems(comparison: Comparison) -> list[Block]:
+    """What each is, where it comes from, what was tried; reasons of those without results."""
+    records = [row.record for row in comparison.rows]
+    about = [
+        [
+            _name(record),
+            *(str(record.get(key, "—")) for key in ("title", "source", "built_on", "departures")),
+        ]
+        for record in [*records, *comparison.absent]
+    ]
+    tried = [
+        [
+            _name(record),
+            number(trial["ndcg@10"]),
+            amount(trial["seconds"]),
+            "chosen" if trial["settings"] == record["chosen"] else "",
+            _settings(trial["settings"]),
+        ]
+        for record in records
+        for trial in record["tuning"]
+    ]
+    about_head = ["system", "what", "source", "built on", "departures from the publication"]
+    blocks: list[Block] = [Heading("Systems"), Table(about_head, about, kind="long")]
+    if tried:
+        tried_head = ["system", "validation NDCG@10", "seconds", "choice", "settings"]
+        blocks += [Heading("Settings tried", 3), Table(tried_head, tried, kind="long")]
+    if comparison.absent:
+        reasons = [f"{record['name']}: {reason_of(record)}" for record in comparison.absent]
+        blocks += [Heading("Skipped and failed", 3), Bullets(reasons)]
+    return blocks
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    return Strong("M5") if record["name"] == "m5" else str(record["name"])
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items()) or "nothing to set"
+
+
+def limits(comparison: Comparison) -> list[Block]:
+    """Warnings, notes on the data, and what the comparison cannot say."""
+    dataset = comparison.report["dataset"]
+    warned = dict.fromkeys(warning for row in comparison.rows for warning in row.record["warnings"])
+    blocks: list[Block] = [Heading("Warnings, notes and limits")]
+    if warned:
+        blocks += [Heading("Warnings", 3), Bullets(list(warned))]
+    if dataset["notes"]:
+        blocks += [Heading("Notes on the dataset", 3), Bullets(list(dataset["notes"]))]
+    here = " This dataset is the synthetic world, so that favours M5." if dataset["name"] == "synthetic" else ""
+    said = [
+        "Systems were trained within a bounded time on a CPU. The publications' own data, hardware and figures are not "
+        "reproduced here.",
+        f"M5's preset and the settings tried for it come from earlier work, among it a search of 20 trials on the "
+        f"synthetic world ({SEARCH}): more trials than any other system gets here.{here}",
+    ]
+    if dataset["name"] == "synthetic":
+        said.append(
+            "The synthetic world was made for this project. Its viewers follow scenarios, interests and rights, which "
+            "M5 has parts for; a real service may not."
+        )
+    present = [record["name"] for record in comparison.report["systems"] if record["name"] in RATING]
+    if present:
+        said.append(
+            f"Published for predicting ratings: {', '.join(present)}. In matching they are at a disadvantage; a loss "
+            'of "softmax" among their settings is a departure that trains them to rank. The rating task has them as '
+            "published: python -m benchmarks.literature.rating."
+        )
+    said.append(
+        "One test period of one dataset: neither the intervals nor the seeds cover how other data would come out."
+    )
+    return [*blocks, Heading("Limits", 3), Bullets(said)]
