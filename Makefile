@@ -22,7 +22,7 @@ test: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy m5 data_prep tune
+	$(BIN)/mypy m5 data_prep tune benchmarks/literature
 	$(BIN)/hadolint docker/Dockerfile.cpu docker/Dockerfile.cuda
 	$(BIN)/shellcheck docker/install.sh docker/train.sbatch .ci/run
 	$(BIN)/python -m pytest tests/test_layering.py

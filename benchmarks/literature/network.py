@@ -92,6 +92,11 @@ class BehaviourEmbedding(nn.Module):
         return self.title.weight[: self.n_titles]
 
 
+def best_interest(score: Tensor) -> Tensor:
+    """[P, C], or [P, I, C] of several interests, -> [P, C]: a title's score is that of the interest it suits best."""
+    return score if score.dim() == 2 else score.amax(1)
+
+
 class FullSoftmax(nn.Module):
     """Softmax over all titles that training has seen; cold ones are no negatives: their content may speak for them."""
 
@@ -101,8 +106,9 @@ class FullSoftmax(nn.Module):
         self.register_buffer("cold_N", torch.from_numpy(data.cold))
 
     def forward(self, query_PD: Tensor, key_ND: Tensor, target_P: Tensor) -> Tensor:
-        """[P, D], [N, D], int64 [P] -> scalar."""
-        return functional.cross_entropy((query_PD @ key_ND.T).masked_fill(self.cold_N, -torch.inf), target_P)
+        """[P, D] or [P, I, D], [N, D], int64 [P] -> scalar."""
+        logit_PN = best_interest(query_PD @ key_ND.T)
+        return functional.cross_entropy(logit_PN.masked_fill(self.cold_N, -torch.inf), target_P)
 
 
 class SampledSoftmax(nn.Module):
@@ -119,10 +125,11 @@ class SampledSoftmax(nn.Module):
         self.register_buffer("probability_N", torch.from_numpy(weight_N / weight_N.sum()).float())
 
     def forward(self, query_PD: Tensor, key_ND: Tensor, target_P: Tensor) -> Tensor:
-        """[P, D], [N, D], int64 [P] -> scalar."""
+        """[P, D] or [P, I, D], [N, D], int64 [P] -> scalar; of several interests each title meets its best one."""
         drawn_C = torch.multinomial(self.probability_N, self.count, replacement=True).unique()
-        own_P = (query_PD * key_ND[target_P]).sum(-1) - self._log_q(target_P)
-        logit_PC = query_PD @ key_ND[drawn_C].T - self._log_q(drawn_C)
+        own = torch.einsum("p...d,pd->p...", query_PD, key_ND[target_P])
+        own_P = (own if own.dim() == 1 else own.amax(1)) - self._log_q(target_P)
+        logit_PC = best_interest(query_PD @ key_ND[drawn_C].T) - self._log_q(drawn_C)
         logit_PC = logit_PC.masked_fill(drawn_C == target_P.unsqueeze(-1), -torch.inf)
         return (torch.logsumexp(torch.cat([own_P.unsqueeze(-1), logit_PC], dim=-1), dim=-1) - own_P).mean()
 
@@ -146,8 +153,7 @@ class NetworkScorer:
         parts = []
         for first in range(0, len(event_index), 256):
             query = self.network.queries(self.data.sequences(event_index[first : first + 256], self.network.history))
-            score = query @ self.key_ND.T
-            parts.append(score if score.dim() == 2 else score.amax(1))
+            parts.append(best_interest(query @ self.key_ND.T))
         return torch.cat(parts)
 
 
