@@ -66,7 +66,7 @@ SYSTEM = System(
         "Cen et al., Controllable multi-interest framework for recommendation, KDD 2020, doi 10.1145/3394486.3403344"
     ),
     built_on="own, on torch",
-    departures="Log Q correction; features and a layer norm added; negatives by best interest; no greedy diversification.",
+    departures="Log Q correction; features and a layer norm added; negatives by best interest; no diversification.",
     settings=(
         {"interests": 4, "contrast": "best", "lr": 1e-2},
         {"interests": 4, "contrast": "chosen", "lr": 2e-2},
