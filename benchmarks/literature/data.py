@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from m5.baselines import Interactions
-from m5.data.sequences import AGE_BUCKETS, age_bucket
+from m5.data.sequences import age_bucket
 from m5.schema import TRAIN, ContentKind, DataError, PreparedDataset
 
 RATING_LIKE = ("rating", "completion")  # which intensity is the value of a watch, where there are several
@@ -177,6 +177,3 @@ class Data:
             next_value_BL=torch.from_numpy(np.where(inside_BL, self.value[follows_BL], 0).astype(np.float32)),
             length_B=torch.from_numpy(length),
         )
-
-
-__all__ = ["AGE_BUCKETS", "Data", "Sequences"]

@@ -6,14 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.literature.data import Data, Sequences
-from benchmarks.literature.network import BehaviourEmbedding, FullSoftmax, Network, NetworkScorer, train_network
+from benchmarks.literature.network import BehaviourEmbedding, CausalNetwork, FullSoftmax, NetworkScorer, train_network
 from benchmarks.literature.system import Settings, System
 
 
-class LSTM(Network):
+class LSTM(CausalNetwork):
     """Behaviours, with the features of the request that follows, -> LSTM -> softmax over titles."""
-
-    windows = "every"
 
     def __init__(self, data: Data, *, width: int, layers: int, dropout: float):
         super().__init__()
@@ -27,16 +25,6 @@ class LSTM(Network):
         """[B, L, D] after each column."""
         x_BLD = self.dropout(self.embedding(batch))
         return self.output(torch.cat([self.dropout(self.lstm(x_BLD)[0]), x_BLD], dim=-1))
-
-    def queries(self, batch: Sequences) -> Tensor:
-        return batch.last(self.hidden(batch))
-
-    def keys(self) -> Tensor:
-        return self.embedding.keys()
-
-    def loss(self, batch: Sequences) -> Tensor:
-        valid_BL = batch.valid_BL
-        return self.softmax(self.hidden(batch)[valid_BL], self.keys(), batch.next_BL[valid_BL])
 
 
 def fit(data: Data, settings: Settings, seed: int, seconds: float) -> NetworkScorer:

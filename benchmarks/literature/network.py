@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.literature.data import AGE_BUCKETS, Data, Sequences
+from benchmarks.literature.data import Data, Sequences
+from m5.baselines import CHOICE_METRIC
+from m5.data.sequences import AGE_BUCKETS
 from m5.evaluate import Scorer, evaluate
 
 VALIDATIONS = 6  # that a training has time for, spread over it
 PATIENCE = 3  # validations without a better NDCG@10 before it ends
-CHOICE_METRIC = "ndcg@10"
 
 
 class Network(nn.Module):
@@ -90,6 +91,27 @@ class BehaviourEmbedding(nn.Module):
     def keys(self) -> Tensor:
         """[N, D]."""
         return self.title.weight[: self.n_titles]
+
+
+class CausalNetwork(Network):
+    """A network of `BehaviourEmbedding`s in which a column sees no later one: each column's request is a target."""
+
+    windows = "every"
+    embedding: BehaviourEmbedding
+
+    def hidden(self, batch: Sequences) -> Tensor:
+        """[B, L, D] after each column."""
+        raise NotImplementedError
+
+    def queries(self, batch: Sequences) -> Tensor:
+        return batch.last(self.hidden(batch))
+
+    def keys(self) -> Tensor:
+        return self.embedding.keys()
+
+    def loss(self, batch: Sequences) -> Tensor:
+        valid_BL = batch.valid_BL
+        return self.softmax(self.hidden(batch)[valid_BL], self.keys(), batch.next_BL[valid_BL])
 
 
 def best_interest(score: Tensor) -> Tensor:

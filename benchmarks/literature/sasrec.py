@@ -6,14 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.literature.data import Data, Sequences
-from benchmarks.literature.network import BehaviourEmbedding, Network, NetworkScorer, SampledSoftmax, train_network
+from benchmarks.literature.network import (
+    BehaviourEmbedding,
+    CausalNetwork,
+    NetworkScorer,
+    SampledSoftmax,
+    train_network,
+)
 from benchmarks.literature.system import Settings, System
 
 
-class SASRec(Network):
+class SASRec(CausalNetwork):
     """Embeddings and learned positions, pre-norm causal blocks; a title's key is its embedding."""
-
-    windows = "every"
 
     def __init__(self, data: Data, *, width: int, blocks: int, dropout: float, negatives: int):
         super().__init__()
@@ -33,16 +37,6 @@ class SASRec(Network):
         x_BLD = self.dropout(self.embedding(batch) + self.position.weight[:L])
         mask_LL = nn.Transformer.generate_square_subsequent_mask(L)
         return self.blocks(x_BLD, mask=mask_LL, is_causal=True)
-
-    def queries(self, batch: Sequences) -> Tensor:
-        return batch.last(self.hidden(batch))
-
-    def keys(self) -> Tensor:
-        return self.embedding.keys()
-
-    def loss(self, batch: Sequences) -> Tensor:
-        valid_BL = batch.valid_BL
-        return self.softmax(self.hidden(batch)[valid_BL], self.keys(), batch.next_BL[valid_BL])
 
 
 def fit(data: Data, settings: Settings, seed: int, seconds: float) -> NetworkScorer:
