@@ -135,23 +135,23 @@ def test_a_search_uses_both_nodes_and_data_by_url(cluster: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("address", "said"),
+    ("address", "variable", "said"),
     [
-        ("127.0.0.1:{port}", "no Ray cluster answers there"),
-        ("ray://127.0.0.1:{port}", "run m5 tune on a node of the cluster"),
-        ("auto", "the cluster cannot be joined"),
+        ("127.0.0.1:{port}", "", "--address 127.0.0.1:{port}: no Ray cluster answers there"),
+        ("ray://127.0.0.1:{port}", "", "--address ray://127.0.0.1:{port}: run m5 tune on a node of the cluster"),
+        ("nonsense", "", "--address nonsense: the cluster cannot be joined"),
+        # Without the variable, `auto` joins any cluster whose processes it sees: another test's.
+        ("auto", "127.0.0.1:{port}", "--address 127.0.0.1:{port}: no Ray cluster answers there"),
     ],
 )
-def test_no_cluster_at_the_address_is_said(tmp_path: Path, address: str, said: str) -> None:
+def test_no_cluster_at_the_address_is_said(tmp_path: Path, address: str, variable: str, said: str) -> None:
     data = tmp_path / "data"
     write_world(data, users=30)
     space = write_space(tmp_path, {"optimizer.lr": {"loguniform": [1e-3, 1e-2]}})
-    address = address.format(port=free_port())
+    port = free_port()
     command = [sys.executable, "-m", "m5.cli", "tune", "--data", str(data), "--space", str(space)]
-    command += ["--out", str(tmp_path / "out"), "--address", address]
-    # Where no cluster's files are; else `auto` would find another test's.
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment["RAY_TMPDIR"] = str(tmp_path)
+    command += ["--out", str(tmp_path / "out"), "--address", address.format(port=port)]
+    environment = os.environ | {"RAY_ADDRESS": variable.format(port=port)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200, env=environment)
     assert done.returncode == 2, done.stderr
-    assert f"--address {address}: {said}" in done.stderr
+    assert said.format(port=port) in done.stderr

@@ -220,7 +220,9 @@ def cluster(address: str | None, plan: Plan) -> Iterator[int]:
 
 
 def _require_listener(address: str) -> None:
-    """Raises ConfigError where nothing answers at the address: Ray itself would try for minutes before it says so."""
+    """Raises ConfigError where nothing answers at the address: Ray would try for a minute, then end the process."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or address  # as Ray reads it
     if "://" in address:
         raise ConfigError(
             f"--address {address}: run m5 tune on a node of the cluster, with auto or the head's host:port; Ray Client "
