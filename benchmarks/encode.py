@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.catalogue import write_titles
 from benchmarks.harness import Promise, Report, Spread, in_turns, run
 from data_prep.content_arrays import unit_rows
-from data_prep.image_encoder import ImageModel, encode_images, standardise
+from data_prep.image_encoder import ImageModel, Standardisation, encode_images
 from data_prep.text_encoder import CPU_BATCH, TextModel, bundled_model, encode_text, title_texts
 from data_prep.vector_cache import VectorCache, hash_bytes, hash_file
 from m5.config import ConfigError
@@ -102,7 +102,9 @@ def image_works(name: str, paths: list[Path], device: str, batches: tuple[int, .
 def compared(case: Case, vectors: np.ndarray) -> np.ndarray:
     """What the product would keep of the first titles, if there were no others."""
     first = vectors[:COMPARED]
-    return unit_rows(first) if case.kind == "text" else standardise(first, np.ones(len(first), dtype=bool))
+    return (
+        unit_rows(first) if case.kind == "text" else Standardisation.fit(first, np.ones(len(first), bool)).apply(first)
+    )
 
 
 def measured(works: Works, repeats: int) -> list[Measured]:

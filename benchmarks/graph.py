@@ -21,8 +21,8 @@ from benchmarks.catalogue import write_titles
 from benchmarks.harness import GB, Report, Spread, apart, in_turns, run
 from benchmarks.options import positive
 from data_prep import graphsage
-from data_prep.content_arrays import pick_device, unit_rows
-from data_prep.content_features import content_features, principal_components
+from data_prep.content_arrays import pick_device
+from data_prep.content_features import FeatureMap
 from data_prep.graphsage import LinkPredictor
 from data_prep.graphsage_model import Hop, Nodes
 from data_prep.metagraph import build_metagraph
@@ -78,7 +78,7 @@ def measured(data: Path, device: str, repeats: int, threads: int) -> Measured:
     warm = ~dataset.titles["cold"].to_numpy(dtype=bool)
 
     def make_features() -> Any:
-        return unit_rows(principal_components(content_features(dataset, warm, WIDTH), warm, WIDTH))
+        return FeatureMap.of(dataset, warm, WIDTH)[1]
 
     features, graph = make_features(), build_metagraph(dataset)
     predictor = LinkPredictor(graph, features, width=WIDTH, fanout=FANOUT, seed=0, device=pick_device(device))

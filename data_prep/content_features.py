@@ -2,58 +2,132 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 from scipy.linalg import eigh
 
 from data_prep.content_arrays import unit_rows
 from data_prep.metagraph import Relation
-from m5.schema import PreparedDataset
+from m5.schema import ContentKind, PreparedDataset
 
 RANDOM_IMAGE_WEIGHT = (
     0.25  # against text; untrained filters tell colour and texture, and would drown the text's meaning
 )
 NEIGHBOURS = 10
 TITLES_COMPARED = 2000
+KINDS: tuple[ContentKind, ...] = ("text", "image")
 
 
-def principal_components(features: np.ndarray, fit_on: np.ndarray, width: int) -> np.ndarray:
-    """float32 [n, min(width, d)]: features centred and turned onto their main axes, without scaling.
-
-    Args:
-        features: float32 [n, d]; a zero row, which means missing, stays zero.
-        fit_on: bool [n], the rows that mean and axes are taken of, as far as they are not zero.
-        width: number of axes.
-    """
-    present = (features != 0).any(axis=1)
-    rows = features[present & fit_on] if (present & fit_on).any() else features[present]
-    mean = rows.mean(axis=0) if len(rows) else np.zeros(features.shape[1])
-    centred = (rows - mean).astype(np.float64)
-    d = features.shape[1]
-    width = min(width, d)
-    if not width:
-        return features.astype(np.float32)
-    _, axes = eigh(centred.T @ centred, subset_by_index=(d - width, d - 1))
-    turned = (features - mean) @ axes[:, ::-1]
-    return np.where(present[:, None], turned, 0).astype(np.float32)
-
-
-def content_features(dataset: PreparedDataset, warm: np.ndarray, width: int) -> np.ndarray:
-    """float32 [N, F]: text and image components, each of unit rows (zero where missing); F = 0 without either.
+@dataclass(frozen=True)
+class Components:
+    """Features centred and turned onto their main axes, without scaling.
 
     Args:
-        dataset: its text.npy and image.npy are read as far as they exist.
-        warm: bool [N], titles of the training period.
-        width: most components of the image.
+        mean: float32 [d].
+        axes: float64 [d, w], one a column, the main one first.
     """
-    parts = []
-    text, image = dataset.content("text"), dataset.content("image")
-    if text is not None:
-        parts.append(unit_rows(principal_components(text, warm, text.shape[1])))
-    if image is not None:
-        untrained = dataset.manifest.encoders["image"].weights == "random"
-        weight = RANDOM_IMAGE_WEIGHT if untrained and text is not None else 1.0
-        parts.append(unit_rows(principal_components(image, warm, width)) * np.float32(weight))
-    return np.concatenate(parts, axis=1) if parts else np.zeros((len(warm), 0), dtype=np.float32)
+
+    mean: np.ndarray
+    axes: np.ndarray
+
+    @classmethod
+    def fit(cls, features: np.ndarray, fit_on: np.ndarray, width: int) -> Components:
+        """At most `width` axes of float32 [n, d] features.
+
+        Args:
+            features: a zero row means missing.
+            fit_on: bool [n], the rows that mean and axes are taken of, as far as they are not zero.
+            width: number of axes.
+        """
+        present = (features != 0).any(axis=1)
+        rows = features[present & fit_on] if (present & fit_on).any() else features[present]
+        d = features.shape[1]
+        mean = rows.mean(axis=0) if len(rows) else np.zeros(d, dtype=features.dtype)
+        centred = (rows - mean).astype(np.float64)
+        width = min(width, d)
+        if not width:
+            return cls(mean, np.zeros((d, 0)))
+        _, axes = eigh(centred.T @ centred, subset_by_index=(d - width, d - 1))
+        return cls(mean, np.ascontiguousarray(axes[:, ::-1]))
+
+    def apply(self, features: np.ndarray) -> np.ndarray:
+        """float32 [n, d] -> float32 [n, w]; a zero row stays zero."""
+        present = (features != 0).any(axis=1)
+        return np.where(present[:, None], (features - self.mean) @ self.axes, 0).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """Text and image vectors -> node features: the components of either, side by side, and the components of that.
+
+    Args:
+        parts: of text and of image, as far as the dataset has them.
+        image_weight: of the image's part against the text's.
+        joint: of both.
+    """
+
+    parts: dict[ContentKind, Components]
+    image_weight: float
+    joint: Components
+
+    @classmethod
+    def of(cls, dataset: PreparedDataset, warm: np.ndarray, width: int) -> tuple[FeatureMap, np.ndarray]:
+        """The map of a dataset's text.npy and image.npy, as far as they exist, and float32 [N, F] of all titles.
+
+        Args:
+            dataset: prepared dataset.
+            warm: bool [N], titles of the training period.
+            width: most components of the image, and of the result.
+
+        Returns:
+            The map, and unit rows (zero where a title has neither); F = 0 in a dataset without either.
+        """
+        vectors = {kind: array for kind in KINDS if (array := dataset.content(kind)) is not None}
+        untrained = "image" in vectors and dataset.manifest.encoders["image"].weights == "random"
+        parts = {
+            kind: Components.fit(array, warm, array.shape[1] if kind == "text" else width)
+            for kind, array in vectors.items()
+        }
+        weight = RANDOM_IMAGE_WEIGHT if untrained and "text" in vectors else 1.0
+        nothing = Components(np.zeros(0, dtype=np.float32), np.zeros((0, 0)))
+        joined = cls(parts, weight, nothing)._side_by_side(vectors, len(warm))
+        fitted = cls(parts, weight, Components.fit(joined, warm, width))
+        return fitted, unit_rows(fitted.joint.apply(joined))
+
+    def _side_by_side(self, vectors: Mapping[ContentKind, np.ndarray], n: int) -> np.ndarray:
+        sides = []
+        for kind, components in self.parts.items():
+            weight = np.float32(self.image_weight if kind == "image" else 1)
+            sides.append(unit_rows(components.apply(vectors[kind])) * weight)
+        return np.concatenate(sides, axis=1) if sides else np.zeros((n, 0), dtype=np.float32)
+
+    def apply(self, vectors: Mapping[ContentKind, np.ndarray], n: int) -> np.ndarray:
+        """float32 [n, F] unit rows of n titles, zero where a title has neither.
+
+        Args:
+            vectors: float32 [n, d] of every kind that the map has, unit rows, zero where missing.
+            n: number of titles.
+        """
+        return unit_rows(self.joint.apply(self._side_by_side(vectors, n)))
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Everything as arrays by name."""
+        found = {"image_weight": np.array([self.image_weight])}
+        for name, components in (*self.parts.items(), ("joint", self.joint)):
+            found |= {f"{name}.mean": components.mean, f"{name}.axes": components.axes}
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, np.ndarray]) -> FeatureMap:
+        """Of what `tensors` gave; other names are not looked at."""
+
+        def components(name: str) -> Components:
+            return Components(tensors[f"{name}.mean"], tensors[f"{name}.axes"])
+
+        parts = {kind: components(kind) for kind in KINDS if f"{kind}.mean" in tensors}
+        return cls(parts, float(tensors["image_weight"][0]), components("joint"))
 
 
 def neighbour_overlap(vectors: np.ndarray, relation: Relation) -> float:

@@ -1,5 +1,7 @@
 """Pre-train content vectors of titles on the metagraph by link prediction, and write content/graph.npy.
 
+Weights and components stay in content/graph.safetensors, for titles that come later (`data_prep.graph_encoder`).
+
 A row of graph.npy is the unit vector of two halves: the GraphSAGE vector, which knows what titles share, and the
 principal components of the content features, so that link prediction cannot wear away what text and artwork say.
 """
@@ -19,7 +21,7 @@ from scipy.stats import rankdata
 from torch.nn import functional
 
 from data_prep.content_arrays import pick_device, remove_content, save_content, unit_rows
-from data_prep.content_features import content_features, neighbour_overlap, principal_components
+from data_prep.content_features import FeatureMap, neighbour_overlap
 from data_prep.graphsage_model import MessageGraph, MetagraphSage, Nodes, sample_hop
 from data_prep.metagraph import Metagraph, build_metagraph, save_metagraph
 from data_prep.neighbour_sampler import Adjacency
@@ -259,7 +261,7 @@ def build_graph(
     seed: int = 0,
     device: str | None = None,
 ) -> Encoder | None:
-    """Write metagraph.npz, content/graph.npy and its record in the manifest.
+    """Write metagraph.npz, content/graph.npy, what encodes titles that come later, and the record in the manifest.
 
     Works with any of text, artwork and metadata missing: without metadata the vector is the features' half alone,
     without features the GraphSAGE half.
@@ -280,10 +282,11 @@ def build_graph(
     data = Path(data)
     dataset = PreparedDataset(data)
     warm = ~dataset.titles["cold"].to_numpy(dtype=bool)
-    features = unit_rows(principal_components(content_features(dataset, warm, dim), warm, dim))
+    feature_map, features = FeatureMap.of(dataset, warm, dim)
     graph = build_metagraph(dataset)
     save_metagraph(graph, data / "metagraph.npz")
     halves, metrics, notes = [], {"links": float(graph.n_links)}, []
+    kept = feature_map.tensors()
     if features.shape[1]:
         halves.append(features)
     if graph.relations:
@@ -294,6 +297,7 @@ def build_graph(
             metrics["held_out_auc"] = predictor.mean_auc(found)
             print(f"graph: AUC of held-out links {metrics['held_out_auc']:.3f}", file=sys.stderr, flush=True)
         halves.append(predictor.title_vectors(graph))
+        kept |= {f"sage.{name}": tensor.cpu().numpy() for name, tensor in predictor.model.state_dict().items()}
     else:
         notes.append("no metadata value is shared by two titles; the vectors are the content features alone.")
     if not halves:
@@ -315,5 +319,6 @@ def build_graph(
         coverage=float((vectors != 0).any(axis=1).mean()),
         metrics=metrics,
     )
-    save_content(data, "graph", vectors, record, notes)
+    made_of = {str(kind): dataset.manifest.encoders[kind].sha256 for kind in feature_map.parts}
+    save_content(data, "graph", vectors, record, notes, kept=kept, made_of=made_of)
     return record

@@ -41,6 +41,21 @@ class MessageGraph:
 
 
 @dataclass(frozen=True)
+class Heard:
+    """Values of one relation that titles hear which have come later.
+
+    Args:
+        values: int64 [V], their numbers; any number from the trained ones on stands for one without learned embedding.
+        features: float32 [V, F], the mean over the warm titles of each.
+        edges: positions in `values` and of titles, the latter rising.
+    """
+
+    values: torch.Tensor
+    features: torch.Tensor
+    edges: Edges
+
+
+@dataclass(frozen=True)
 class Nodes:
     """Distinct nodes, rising: titles int64 [n], and for each relation values int64 [n_r]."""
 
@@ -156,6 +171,8 @@ class MetagraphSage(nn.Module):
     def value_start(self, relation: int, features: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """float [n, width] of the values int64 [n], whose features are float32 [n, F]."""
         table = self.embeddings[relation]
+        if not len(table):
+            return self.project(features)
         trained = (values < len(table)).to(table.dtype).unsqueeze(1)
         return self.project(features) + functional.embedding(values.clamp(max=len(table) - 1), table) * trained
 
@@ -211,6 +228,27 @@ class MetagraphSage(nn.Module):
             self.second, graph, functional.relu(titles), [functional.relu(v) for v in values]
         )
         return functional.normalize(titles, dim=1).cpu(), [functional.normalize(v, dim=1).cpu() for v in values]
+
+    @torch.no_grad()
+    def new_titles(self, features: torch.Tensor, heard: Sequence[Heard]) -> torch.Tensor:
+        """Unit vectors float32 [n, width] of titles that no value hears: what `all_nodes` gives them, but for rounding.
+
+        A value's two vectors follow from the mean of its titles' features, as their projection is linear: nothing else
+        of the graph is looked at.
+
+        Args:
+            features: float32 [n, F].
+            heard: by relation.
+        """
+        starts = [self.value_start(r, one.features, one.values) for r, one in enumerate(heard)]
+        later = []
+        for r, one in enumerate(heard):
+            itself = torch.arange(len(one.values))
+            titles = self.title_start(one.features)
+            later.append(functional.relu(self.first.values(r, starts[r], titles, (itself, itself))))
+        edges = [one.edges for one in heard]
+        own = functional.relu(self.first.titles(self.title_start(features), self.first.spoken(starts), edges))
+        return functional.normalize(self.second.titles(own, self.second.spoken(later), edges), dim=1)
 
     @staticmethod
     def _full_round(

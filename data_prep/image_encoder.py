@@ -152,20 +152,32 @@ def _batches(items: Iterator[tuple[int, torch.Tensor]], size: int) -> Iterator[l
         yield batch
 
 
-def standardise(features: np.ndarray, fit_on: np.ndarray) -> np.ndarray:
-    """Unit rows of features centred and scaled per channel.
+@dataclass(frozen=True)
+class Standardisation:
+    """Centres and scales per channel, then makes unit rows.
 
     A convolutional network's pooled features are positive and nearly parallel, most of all with random weights; what
     tells images apart is the deviation from the mean.
 
     Args:
-        features: float32 [n, d].
-        fit_on: bool [n], rows that mean and scale are taken of: titles of the training period, or all without any.
+        mean, scale: float32 [d]; scale 0 marks a channel that says nothing.
     """
-    rows = features[fit_on] if fit_on.any() else features
-    scale = rows.std(axis=0)
-    alive = scale > 1e-6 * max(float(scale.max()), 1e-30)
-    return unit_rows(np.where(alive, (features - rows.mean(axis=0)) / np.where(alive, scale, 1), 0))
+
+    mean: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def fit(cls, features: np.ndarray, fit_on: np.ndarray) -> Standardisation:
+        """Of float32 [n, d]; bool [n] are titles of the training period, or all count where there are none."""
+        rows = features[fit_on] if fit_on.any() else features
+        scale = rows.std(axis=0)
+        alive = scale > 1e-6 * max(float(scale.max()), 1e-30)
+        return cls(rows.mean(axis=0), np.where(alive, scale, 0))
+
+    def apply(self, features: np.ndarray) -> np.ndarray:
+        """float32 [n, d] -> float32 [n, d], unit rows."""
+        alive = self.scale > 0
+        return unit_rows(np.where(alive, (features - self.mean) / np.where(alive, self.scale, 1), 0))
 
 
 def _existing(data: Path, artwork: Sequence[str]) -> tuple[list[int], list[Path], list[str]]:
@@ -237,7 +249,8 @@ def encode_images(
     found = np.array([rows[position] for position in good])
     features = np.stack([vectors[keys[position].encode()] for position in good])
     array = np.zeros((len(titles), features.shape[1]), dtype=np.float32)
-    array[found] = standardise(features, ~titles["cold"].to_numpy()[found])
+    standard = Standardisation.fit(features, ~titles["cold"].to_numpy()[found])
+    array[found] = standard.apply(features)
     record = Encoder(
         model=model,
         weights=weights if weights in ("hub", "random") else Path(weights).name,
@@ -251,7 +264,7 @@ def encode_images(
             "image_size": float(encoder.size),
         },
     )
-    save_content(data, "image", array, record, notes)
+    save_content(data, "image", array, record, notes, kept={"mean": standard.mean, "scale": standard.scale})
     return record
 
 

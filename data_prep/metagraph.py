@@ -127,3 +127,22 @@ def save_metagraph(graph: Metagraph, path: Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def load_metagraph(path: Path) -> Metagraph:
+    """What `save_metagraph` wrote."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    relations = tuple(
+        Relation(
+            kind=str(kind),
+            values=arrays[f"{i}_values"],
+            n_trained=int(arrays[f"{i}_trained"]),
+            title_offsets=arrays[f"{i}_title_offsets"],
+            title_values=arrays[f"{i}_title_values"],
+            value_offsets=arrays[f"{i}_value_offsets"],
+            value_titles=arrays[f"{i}_value_titles"],
+        )
+        for i, kind in enumerate(arrays["kinds"])
+    )
+    return Metagraph(len(relations[0].title_offsets) - 1 if relations else 0, relations)

@@ -170,7 +170,7 @@ def encode_text(
 
     Returns:
         The record, or None where no title has any text (no array is written then). Its metrics hold `encoded`, the
-        texts that were not in the cache.
+        texts that were not in the cache, and `max_length`.
 
     Raises:
         DataError: the model is missing or cannot be loaded.
@@ -200,7 +200,7 @@ def encode_text(
         dim=array.shape[1],
         sha256=encoder.weights_hash,
         coverage=len(rows) / len(texts),
-        metrics={"encoded": float(encoded)},
+        metrics={"encoded": float(encoded), "max_length": float(max_length)},
     )
     save_content(data, "text", array, record)
     return record

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from m5.cli_data import add_prepare, add_stages, add_synth
 from m5.cli_options import add_command, add_world_sizes, count
+from m5.cli_serving import add_export, add_onboard, add_serve
 from m5.library_warnings import silence_known
 from m5.mistakes import explain
 
@@ -65,6 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_report(commands)
     _add_recommend(commands)
+    add_export(commands)
+    add_serve(commands)
+    add_onboard(commands)
     _add_demo(commands)
     _add_bench(commands)
     _add_tune(commands)
@@ -143,6 +147,12 @@ def _add_recommend(commands) -> None:
     viewer = parser.add_mutually_exclusive_group(required=True)
     viewer.add_argument("--user", help="a user of the dataset")
     viewer.add_argument("--history", help='titles or ids, oldest first: "title;title"')
+    viewer.add_argument(
+        "--all-users", action="store_true", help="everyone of the dataset, to --out; under torchrun, too"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="of --all-users: Parquet files; goes on with earlier ones"
+    )
     parser.add_argument("--scenario", nargs="+", default=[], metavar="NAME=VALUE", help="e.g. region=US plan=ads")
     parser.add_argument("-k", type=count, default=20, help="how many titles (default: 20)")
     parser.add_argument("--keep-seen", action="store_true", help="recommend titles that were watched before, too")
@@ -222,8 +232,17 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _recommend(options: argparse.Namespace) -> None:
-    from m5.recommend import recommend
+    from m5.recommend import recommend, recommend_all_users
 
+    if options.all_users:
+        recommend_all_users(
+            options.run,
+            options.out,
+            scenario=_named(options.scenario, "--scenario"),
+            k=options.k,
+            filter_seen=not options.keep_seen,
+        )
+        return
     recommend(
         options.run,
         user=options.user,

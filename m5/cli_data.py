@@ -27,6 +27,12 @@ def add_prepare(commands) -> None:
     movielens.add_argument("path", type=Path, help="ml-100k, ml-1m, ml-latest, ml-20m or ml-25m, zip or folder")
     movielens.add_argument("--titles", type=Path, help="Parquet with descriptions and metadata by movie id")
     movielens.add_argument("--posters", type=Path, help="folder or tar of <movie id>.jpg")
+    movielens.add_argument(
+        "--hold-out-newest",
+        type=float,
+        metavar="SHARE",
+        help="of the titles, e.g. 0.05: training never sees them, and leave-last-out asks for them",
+    )
     globo = add_command(sources, "globo", _prepare_globo, "the Globo.com click log")
     globo.add_argument("path", type=Path, help="clicks.parquet")
     for source in (tables, movielens, globo):
@@ -85,9 +91,15 @@ def _prepare_tables(options: argparse.Namespace) -> None:
 
 def _prepare_movielens(options: argparse.Namespace) -> None:
     from data_prep.sources.movielens import load
+    from m5.schema import DataError
 
+    if options.hold_out_newest is not None and options.split != "leave-last-out":
+        raise DataError(
+            "--hold-out-newest needs --split leave-last-out: a held-out title is the last that its viewers watch. With "
+            "the time split, titles launched after the training period are cold by themselves."
+        )
     with _raw_folder(options.out) as work:
-        _prepare(options, load(options.path, work, options.titles, options.posters))
+        _prepare(options, load(options.path, work, options.titles, options.posters, options.hold_out_newest))
 
 
 def _prepare_globo(options: argparse.Namespace) -> None:

@@ -1,7 +1,9 @@
-"""`m5 demo`: the whole main job on the synthetic world, from raw tables to recommendations on two plans."""
+"""`m5 demo`: the whole main job on the synthetic world, from raw tables to an artifact that a service answers from."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -11,11 +13,12 @@ import numpy as np
 from m5.config import load_config
 from m5.schema import PreparedDataset
 
+VIEWERS = 12
 CONTROLS = {"m5-id-only": ["model.content=[]"], "m5-mlp": ["model.mixing=mlp"]}
 
 
 def run_demo(folder: Path, *, users: int = 5000, titles: int = 1000, events: int = 200_000, seed: int = 0) -> None:
-    """Generate, prepare, encode, train M5 and two controls, evaluate, recommend; everything goes below `folder`.
+    """Generate, prepare, encode, train M5 and two controls, evaluate, recommend, export; all of it goes below `folder`.
 
     Args:
         folder: e.g. runs/demo; evaluation.json is left in it.
@@ -25,6 +28,7 @@ def run_demo(folder: Path, *, users: int = 5000, titles: int = 1000, events: int
     from data_prep.sources.synthetic import generate
     from data_prep.sources.tables import load
     from m5.evaluate_run import evaluate_run
+    from m5.serving.export import Options, export
     from m5.train import train
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +50,15 @@ def run_demo(folder: Path, *, users: int = 5000, titles: int = 1000, events: int
     evaluate_run(folder / "m5", json_path=folder / "evaluation.json", rows={name: folder / name for name in CONTROLS})
     stage("recommendations for one viewer on two plans")
     recommend_on_plans(folder / "m5")
+    stage("export what a service needs, with some viewers to look at")
+    export(folder / "m5", folder / "artifact", Options(viewers=VIEWERS))
     stage(f"done; the results are in {folder / 'evaluation.json'}")
+    print(f"\nTo see it answer, with posters:  {command()} serve {folder / 'artifact'} --now dataset", file=sys.stderr)
+
+
+def command() -> str:
+    """How this program is called from where the reader is: `m5` may not be on their PATH."""
+    return "m5" if shutil.which("m5") else os.path.relpath(Path(sys.executable).parent / "m5")
 
 
 def recommend_on_plans(run: Path, *, k: int = 8) -> None:

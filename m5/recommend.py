@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from m5.config import RunConfig
 from m5.data.sequences import Behaviours, age_bucket
 from m5.eligibility import Eligibility
 from m5.model.multi_modal_embedding import START
@@ -209,6 +210,24 @@ def recommend(
     chosen = viewer.scenario | scenario_indices(predictor.dataset, scenario or {})
     viewer = Viewer(**{**vars(viewer), "scenario": chosen})
     print_viewer(predictor, viewer, k=k, filter_seen=filter_seen)
+
+
+def recommend_all_users(
+    run: Path, out: Path | None, *, scenario: dict[str, str], k: int = 20, filter_seen: bool = True
+) -> None:
+    """Recommendations for every user of RUN's dataset, as `m5.serving.offline` writes them.
+
+    Raises:
+        DataError: no `out`, an unknown scenario, no trained run, or `out` holds something else.
+    """
+    from m5.serving.offline import recommend_all
+
+    if out is None:
+        raise DataError("--all-users needs --out FOLDER, where the lists go.")
+    dataset = PreparedDataset(RunConfig.read(run / "config.yaml").data)
+    rate = recommend_all(run, out, scenario=scenario_indices(dataset, scenario), k=k, filter_seen=filter_seen)
+    if rate:
+        print(f"{out}: {rate:,.0f} users/s")
 
 
 def print_viewer(predictor: Predictor, viewer: Viewer, *, k: int, filter_seen: bool = True) -> None:

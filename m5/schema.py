@@ -18,6 +18,10 @@
       content/image.npy             float32 [N, d_image], unit rows; a zero row where the artwork is missing
       content/graph.npy             float32 [N, d_graph], GraphSAGE vectors beside the features' components, unit
                                     rows
+      content/image.safetensors     what encodes titles that come later, as no dataset of an earlier version has it:
+      content/graph.safetensors     mean and scale of the image's channels; components of the features and GraphSAGE's
+                                    weights, with the sha256 of the records they belong to (see
+                                    data_prep.content_arrays and data_prep.graph_encoder)
       metagraph.npz                 the metagraph's CSR arrays (see data_prep.metagraph)
       truth.npz                     synthetic world only: what evaluation's oracle needs (see m5.oracle)
 

@@ -10,66 +10,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
 from data_prep import image_encoder, text_encoder
-from data_prep.image_encoder import encode_images, standardise
+from data_prep.image_encoder import Standardisation, encode_images
 from data_prep.text_encoder import encode_text, mean_pool, title_texts
 from data_prep.vector_cache import VectorCache, encode_through, hash_bytes
-from m5.schema import ALWAYS, DataError, Manifest, PreparedDataset, Split, Vocabulary
+from m5.schema import DataError, Manifest, PreparedDataset
+from tests.titles import paint, write_dataset, write_tiny_bert
 
 SMALL_IMAGE_MODEL = "test_resnet"
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "quiet", "harbour", "storm", "night", "."]
-
-
-def write_dataset(folder: Path, titles: dict[str, list]) -> Path:
-    """A prepared dataset of titles alone."""
-    n = len(titles["title"])
-    frame = pd.DataFrame(
-        {
-            "title_id": [f"t{i}" for i in range(n)],
-            "title": titles["title"],
-            "description": titles.get("description", [""] * n),
-            "category": np.zeros(n, dtype=np.int32),
-            "artwork": titles.get("artwork", [""] * n),
-            "released": np.full(n, ALWAYS),
-            "train_count": np.ones(n, dtype=np.int64),
-            "cold": titles.get("cold", [False] * n),
-        }
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    frame.to_parquet(folder / "titles.parquet")
-    Manifest(
-        source="tables",
-        name="test",
-        n_users=0,
-        n_titles=n,
-        n_events=0,
-        n_cold_titles=int(frame["cold"].sum()),
-        split=Split(kind="time"),
-        split_counts={},
-        categories=Vocabulary(name="category", values=()),
-    ).write(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of two small layers with random weights, in transformers' format."""
-    from m5.torchvision_shim import declare_missing_operators
-
-    declare_missing_operators()
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("bert")
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
-    BertModel(config).save_pretrained(folder)
-    return folder
+    return write_tiny_bert(tmp_path_factory.mktemp("bert"))
 
 
 def test_mean_pooling_is_a_loop_over_tokens() -> None:
@@ -193,11 +147,6 @@ def test_models_do_not_share_vectors(tmp_path: Path) -> None:
     assert calls == [1, 1]
 
 
-def paint(path: Path, colour: tuple[int, int, int]) -> str:
-    Image.new("RGB", (24, 32), colour).save(path)
-    return str(path)
-
-
 @pytest.fixture
 def gallery(tmp_path: Path) -> Path:
     """Six titles: four posters (two of them alike), a text file called .jpg, and a file that does not exist."""
@@ -280,9 +229,9 @@ def test_standardising_is_fitted_on_warm_titles_only() -> None:
     mean, scale = features[:12].mean(0), features[:12].std(0)
     expected = (features - mean) / scale
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    np.testing.assert_allclose(standardise(features, warm), expected, atol=1e-5)
+    np.testing.assert_allclose(Standardisation.fit(features, warm).apply(features), expected, atol=1e-5)
     features[12:] *= 100
-    np.testing.assert_allclose(standardise(features, warm)[:12], expected[:12], atol=1e-5)
+    np.testing.assert_allclose(Standardisation.fit(features, warm).apply(features)[:12], expected[:12], atol=1e-5)
 
 
 def test_random_filters_tell_colours_apart(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.content_features import content_features, neighbour_overlap, principal_components
+from data_prep.content_features import Components, FeatureMap, neighbour_overlap
 from data_prep.graphsage import LinkPredictor, area_under_curve, build_graph, message_graph
 from data_prep.graphsage_model import MetagraphSage, Nodes, mean_heard, sample_hop
 from data_prep.metagraph import Metagraph, build_metagraph, build_relation
@@ -246,7 +246,7 @@ def test_area_under_curve_by_hand() -> None:
 def test_links_are_predicted_on_a_planted_graph(tmp_path: Path) -> None:
     dataset = PreparedDataset(Planted.draw(240).write(tmp_path / "data"))
     warm = ~dataset.titles["cold"].to_numpy()
-    features = content_features(dataset, warm, 16)
+    _, features = FeatureMap.of(dataset, warm, 24)
     graph, device, found = build_metagraph(dataset), torch.device("cpu"), []
     for seed in range(3):  # so small a graph learns badly from one start in six
         predictor = LinkPredictor(graph, features, width=16, fanout=(5, 5), seed=seed, device=device)
@@ -343,7 +343,7 @@ def test_principal_components_keep_distances_and_missing_rows() -> None:
     features = rng.normal(0, 1, (30, 5)).astype(np.float32)
     features[3] = 0
     fit_on = np.arange(30) < 20
-    turned = principal_components(features, fit_on, 5)
+    turned = Components.fit(features, fit_on, 5).apply(features)
     kept = np.arange(30) != 3
     np.testing.assert_array_equal(turned[3], np.zeros(5))
     np.testing.assert_allclose(
@@ -353,7 +353,7 @@ def test_principal_components_keep_distances_and_missing_rows() -> None:
     )
     changed = features.copy()
     changed[25] *= 10
-    np.testing.assert_array_equal(principal_components(changed, fit_on, 5)[:20], turned[:20])
+    np.testing.assert_array_equal(Components.fit(changed, fit_on, 5).apply(changed)[:20], turned[:20])
 
 
 def test_neighbour_overlap_by_hand() -> None:

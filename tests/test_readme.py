@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -106,17 +108,50 @@ def write_globo(folder: Path) -> None:
     pd.DataFrame(columns).to_parquet(folder / "clicks.parquet", index=False)
 
 
+class Service:
+    """`m5 serve` in a process of its own, on a port that is free."""
+
+    def __init__(self, options: list[str]):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "m5.cli", "serve", *options, "--port", "0"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        assert self.process.stdout is not None
+        self.url = re.search(r"http://\S+/", self.process.stdout.readline())[0]
+
+    def ask(self, curl: list[str]) -> dict:
+        """What README's call of curl would get."""
+        path = curl[2].partition("/")[2]
+        header, body = (curl[curl.index(option) + 1] for option in ("-H", "-d"))
+        request = urllib.request.Request(self.url + path, body.encode(), dict([header.split(": ")]))
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    def end(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(30) == 0
+
+
 @pytest.mark.slow
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("M5_CACHE", str(tmp_path / "cache"))
     for folder in ("docs/plans", "tune/spaces"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "docs/title.json", tmp_path / "docs")
     write_movielens(tmp_path)
     write_globo(tmp_path)
-    ran = set()
+    ran, service = set(), None
     for words in commands():
-        if words[0] == "m5":
+        if words[:2] == ["m5", "serve"]:
+            service = Service(words[2:])
+            ran.add("serve")
+        elif words[0] == "curl":
+            assert service is not None
+            assert len(service.ask(words)["titles"]) == 5
+        elif words[0] == "m5":
             # A comparison of two runs may well find one of them worse.
             assert main(small(words)[1:]) in ((0, 1) if "--against" in words else (0,)), shlex.join(words)
             ran.add(words[1])
@@ -129,7 +164,9 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         else:
             assert words == ["source", ".venv/bin/activate"]
     assert {"doctor", "synth", "prepare", "encode", "graph", "train", "evaluate", "recommend", "plan"} <= ran
-    assert {"tune", "report", "compare"} <= ran
+    assert {"tune", "report", "compare", "export", "serve"} <= ran
+    assert service is not None
+    service.end()
     assert (tmp_path / "runs/two-ranks/best/weights.safetensors").is_file()
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from data_prep.prepare import prepare_dataset
 from data_prep.sources import globo, movielens
+from data_prep.sources.held_out import hold_out_newest
+from m5.cli import main
 from m5.schema import TEST, VALID, DataError, PreparedDataset
 
 RATINGS_1M = ["1::10::5::300", "1::20::3::300", "1::30::4::300", "2::20::1::50", "2::10::2::40", "2::30::5::60"]
@@ -258,3 +260,77 @@ def test_the_real_ml_1m(tmp_path: Path) -> None:
     titles = dataset.titles["title_id"].astype(np.int64).to_numpy()[dataset.event_array("title")]
     np.testing.assert_array_equal(titles, expected[:, 1])
     np.testing.assert_array_equal(dataset.event_array("timestamp"), expected[:, 3])
+
+
+def held_out_tables(folder: Path, rows: list[tuple[int, int, int]]) -> tuple[Path, Path]:
+    """Events (user, title, ts) of ten titles: 1 to 6 of 1990, 7 to 9 of 2000, 10 without a year."""
+    folder.mkdir(parents=True)
+    frame = pd.DataFrame(rows, columns=["user_id", "title_id", "ts"]).assign(rating=np.arange(len(rows)))
+    years = [1990.0] * 6 + [2000.0] * 3 + [None]
+    frame.to_parquet(folder / "events.parquet")
+    pd.DataFrame({"title_id": [str(i) for i in range(1, 11)], "year": years}).to_parquet(folder / "titles.parquet")
+    return folder / "events.parquet", folder / "titles.parquet"
+
+
+def test_newest_titles_are_held_out_by_hand(tmp_path: Path) -> None:
+    # Watched: 1, 2, 3, 5, 7, 8, 9, 10. A quarter is two of them: 9, which was first watched at 15, and 8, at 14, before
+    # 7, at 10. Title 10 has no year.
+    rows = [
+        (1, 1, 10), (1, 2, 11), (1, 9, 15), (1, 3, 20), (1, 8, 30), (1, 5, 40),  # the last one, 8, is asked for
+        (2, 8, 14), (2, 1, 15), (2, 2, 16), (2, 10, 17),  # 8 comes before two others: dropped, nothing is asked for
+        (3, 7, 10), (3, 8, 50), (3, 2, 50), (3, 9, 50), (3, 1, 50),  # ties keep the order of the rows: 9 is asked for
+        (4, 9, 60),  # nothing is left
+        (5, 9, 61), (5, 1, 3), (5, 2, 2), (5, 3, 99),  # by time, not by row
+    ]  # fmt: skip
+    events, titles = held_out_tables(tmp_path / "work", rows)
+    note = hold_out_newest(events, titles, 0.25)
+    found = pd.read_parquet(events)
+    assert found.columns.tolist() == ["user_id", "title_id", "ts", "rating"]
+    assert found[["user_id", "title_id", "ts"]].to_numpy().tolist() == [
+        [1, 1, 10], [1, 2, 11], [1, 3, 20], [1, 8, 30],
+        [2, 1, 15], [2, 2, 16], [2, 10, 17],
+        [3, 7, 10], [3, 2, 50], [3, 9, 50],
+        [5, 9, 61], [5, 1, 3], [5, 2, 2],
+    ]  # fmt: skip
+    assert found["rating"].tolist() == [0, 1, 3, 4, 7, 8, 9, 10, 12, 13, 16, 17, 18]
+    assert "newest 2 of 8 watched titles" in note
+    assert "last event of 3 viewers; 7 of 20 events were dropped" in note
+
+
+def test_held_out_titles_are_in_the_test_split_alone(tmp_path: Path) -> None:
+    folder = ml_1m(tmp_path / "ml-1m")
+    movies = [f"{movie}::Film ({1990 + movie})::Drama" for movie in range(1, 11)]
+    rng = np.random.default_rng(0)
+    ratings = [
+        f"{user}::{movie}::{1 + place % 5}::{100 * user + place}"
+        for user in range(1, 21)
+        for place, movie in enumerate(rng.permutation(10) + 1)
+    ]
+    (folder / "movies.dat").write_text("\n".join(movies) + "\n")
+    (folder / "ratings.dat").write_text("\n".join(ratings) + "\n")
+    (folder / "users.dat").write_text("\n".join(f"{user}::F::25::0::60601" for user in range(1, 21)) + "\n")
+    dataset = prepare(movielens.load(folder, tmp_path / "work", hold_out=0.2), tmp_path / "data")
+    held = dataset.titles["title_id"].isin(["9", "10"]).to_numpy()
+    assert dataset.titles["cold"].tolist() == held.tolist()
+    title, split = np.asarray(dataset.event_array("title")), np.asarray(dataset.event_array("split"))
+    assert set(split[held[title]]) == {TEST}
+    last = np.zeros(len(title), dtype=bool)
+    last[dataset.offsets[1:] - 1] = True
+    assert last[held[title]].all() and held[title].sum() == 20  # so no history holds a held-out title
+    assert "newest 2 of 10" in dataset.manifest.notes[-1]
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.0, "between 0 and 1"), (1.0, "between 0 and 1"), (0.9, "larger share")])
+def test_shares_that_cannot_be_held_out(tmp_path: Path, share: float, told: str) -> None:
+    events, titles = held_out_tables(tmp_path / "work", [(1, 1, 1), (1, 2, 2), (1, 3, 3)])
+    before = events.read_bytes()
+    with pytest.raises(DataError, match=told):
+        hold_out_newest(events, titles, share)
+    assert events.read_bytes() == before
+
+
+def test_holding_out_is_for_leave_last_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["prepare", "movielens", str(ml_1m(tmp_path / "ml-1m")), "--out", str(tmp_path / "data")]
+    assert main([*arguments, "--hold-out-newest", "0.5"]) == 2
+    assert "--split leave-last-out" in capsys.readouterr().err
+    assert not (tmp_path / "data-raw").exists()

@@ -26,6 +26,7 @@ import duckdb
 import pandas as pd
 
 from data_prep.raw_table import disk_full_as_oserror, literal
+from data_prep.sources.held_out import hold_out_newest
 from data_prep.spec import DatasetSpec, EventsSpec, TitlesSpec, UsersSpec
 from m5.schema import DataError
 
@@ -97,7 +98,7 @@ FOLDED = {
 METADATA = ("genres", "actors", "directors", "writers", "countries", "languages", "studios", "decade")
 ID_COLUMNS = ("movie_id", "movieId", "show_id", "title_id", "id")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-NOTES_OF_VIEWERS = (
+NOTES_OF_VIEWERS: tuple[str, ...] = (
     "region is the US Census region of the zip code's first digit; age_band is a proxy for a plan.",
     "rating stands in for watch intensity.",
 )
@@ -300,11 +301,18 @@ def _write_titles(movies: pd.DataFrame, titles: Path | None, posters: Path | Non
             raise DataError(f"--posters {posters}: no file is named after a movie id (<movie id>.jpg).")
     metadata = tuple(name for name in METADATA if name in movies)
     optional = [name for name in ("description", "artwork") if name in movies]
-    movies[["title_id", "name", "category", *optional, *metadata]].to_parquet(out, index=False)
+    movies = movies.assign(year=year)  # no column of the dataset's; `hold_out_newest` reads it
+    movies[["title_id", "name", "category", "year", *optional, *metadata]].to_parquet(out, index=False)
     return metadata
 
 
-def load(path: Path, work: Path, titles: Path | None = None, posters: Path | None = None) -> DatasetSpec:
+def load(
+    path: Path,
+    work: Path,
+    titles: Path | None = None,
+    posters: Path | None = None,
+    hold_out: float | None = None,
+) -> DatasetSpec:
     """Write the common tables of a MovieLens data set into `work`.
 
     Args:
@@ -313,9 +321,11 @@ def load(path: Path, work: Path, titles: Path | None = None, posters: Path | Non
         titles: optional Parquet table: a movie id (movie_id, movieId, show_id, title_id or id), description, year, and
             any of the metadata kinds genres, actors, directors, writers, countries, languages, studios, as lists.
         posters: optional folder or tar of `<movie id>.jpg`.
+        hold_out: share of the titles, the newest ones, that training never sees: `data_prep.sources.held_out` has the
+            protocol, which is for the split `leave-last-out`.
 
     Raises:
-        DataError: a file is missing or not of the official form.
+        DataError: a file is missing or not of the official form, or the share is out of range.
     """
     work = Path(work).absolute()
     work.mkdir(parents=True, exist_ok=True)
@@ -325,6 +335,9 @@ def load(path: Path, work: Path, titles: Path | None = None, posters: Path | Non
     images = _extract_posters(Path(posters), work) if posters is not None else None
     movies = _read_movies(folder, ratings)
     metadata = _write_titles(movies, Path(titles) if titles is not None else None, images, work / "titles.parquet")
+    notes = NOTES_OF_VIEWERS if viewers else NOTES_OF_VIEWERS[1:]
+    if hold_out is not None:
+        notes = (*notes, hold_out_newest(work / "events.parquet", work / "titles.parquet", hold_out))
     return DatasetSpec(
         name=Path(path).stem,
         source="movielens",
@@ -349,5 +362,5 @@ def load(path: Path, work: Path, titles: Path | None = None, posters: Path | Non
             metadata=metadata,
             artwork="artwork" if posters is not None else None,
         ),
-        notes=NOTES_OF_VIEWERS if viewers else NOTES_OF_VIEWERS[1:],
+        notes=notes,
     )

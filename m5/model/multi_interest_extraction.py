@@ -174,7 +174,8 @@ class CategoryAggregation(nn.Module):
         """
         L = category_BL.shape[1]
         # Counted from the middle: exponents of either sign, so that neither weights nor squares of sums leave float32.
-        position_L = torch.arange(L, device=category_BL.device, dtype=torch.float32) - L / 2
+        position_L = torch.arange(L, device=category_BL.device, dtype=torch.float32)
+        position_L = position_L - torch.full_like(position_L, L) / 2
         member_BLK = functional.one_hot(category_BL + 1, self.categories + 1)[..., 1:].float()
         slope_BL = (member_BLK * (torch.sigmoid(self.slope.float()) * self.max_slope)).sum(-1)
         weight_BLK = member_BLK * torch.exp(intensity_BL + position_L * slope_BL).unsqueeze(-1)
@@ -244,6 +245,35 @@ class Interests(NamedTuple):
         with torch.autocast(x_BLX.device.type, enabled=False):
             sum_BLX = self.means.added_up(x_BLX.float(), default_KX.float())
         return sum_BLX.flatten(0, 1).index_select(0, self.request_P)
+
+
+class LastInterests(NamedTuple):
+    """The interests at one position of every sequence, written out: what a viewer who asks now needs.
+
+    Attributes:
+        each_BKD: v_k, float32.
+        default_KD, latest_PD: as of `Interests`; P = B.
+    """
+
+    each_BKD: Tensor
+    default_KD: Tensor
+    latest_PD: Tensor
+
+    @classmethod
+    def of(cls, interests: Interests, position_B: Tensor) -> LastInterests:
+        """Those at int64 `position_B` of each sequence, which are `interests`' requests."""
+        means, B = interests.means, position_B.shape[0]
+        row_B = torch.arange(B, device=position_B.device)
+        share_BK, missing_BK = means.share_BLK[row_B, position_B], means.missing_BLK[row_B, position_B]
+        # Behaviours after the position have no share: they are padding, of no category.
+        weight_BKL = means.weight_BLK.mT * share_BK.unsqueeze(-1)
+        each_BKD = torch.bmm(weight_BKL, interests.h_BLD.float())
+        each_BKD = each_BKD + missing_BK.unsqueeze(-1) * interests.default_KD.float()
+        return cls(each_BKD, interests.default_KD, interests.latest_PD)
+
+    def linear(self, weight_XV: Tensor) -> Tensor:
+        """As of `Interests`."""
+        return functional.linear(self.each_BKD.flatten(1), weight_XV)
 
 
 class MultiInterestExtraction(nn.Module):

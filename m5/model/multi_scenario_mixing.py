@@ -21,7 +21,7 @@ expert, V scenario values, R = I + 1 + D rows of width H that hold one expert (i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from torch.nn import functional
 from torchrec import EmbeddingCollection, EmbeddingConfig
 
 from m5.model.keyed_dropout import KeyedDropout
-from m5.model.multi_interest_extraction import Interests
+from m5.model.multi_interest_extraction import Interests, LastInterests
 from m5.model.multi_modal_embedding import Situations
 
 EXPERT_ROW = (512, 2048)  # least and most numbers in a row of a table of experts
@@ -123,6 +123,30 @@ class OwnedExperts(NamedTuple):
     order_P: Tensor
     sizes: tuple[int, ...]
 
+    def weighed(self, x_PI: Tensor, gate_P: Tensor) -> Tensor:
+        """[P, I] and the owned expert's weight [P] -> [P, D], in the precision of x."""
+        return _OwnedExperts.apply(x_PI, gate_P, self.weight_URH.to(x_PI.dtype), self.order_P, self.sizes)
+
+
+class GatheredExperts(NamedTuple):
+    """The same for a few requests, which only ask: every request's expert is gathered, and nothing is grouped.
+
+    Attributes:
+        weight_VRH: of all V values.
+        value_P: int64, each request's value.
+    """
+
+    weight_VRH: Tensor
+    value_P: Tensor
+
+    def weighed(self, x_PI: Tensor, gate_P: Tensor) -> Tensor:
+        """As of `OwnedExperts`."""
+        inputs = x_PI.shape[1]
+        weight_PRH = self.weight_VRH.index_select(0, self.value_P)
+        first_PIH, bias_PH, second_PDH = weight_PRH[:, :inputs], weight_PRH[:, inputs], weight_PRH[:, inputs + 1 :]
+        active_PH = functional.gelu(torch.einsum("pi,pih->ph", x_PI, first_PIH) + bias_PH)
+        return torch.einsum("ph,pdh->pd", active_PH * gate_P.unsqueeze(-1), second_PDH)
+
 
 class _OwnedExperts(torch.autograd.Function):
     """g_p W_2 gelu(W_1 x_p + b) with the expert of each request's value; in value order inside, request order outside.
@@ -196,7 +220,7 @@ class SplitMixture(nn.Module):
         )
         self.gate = nn.Linear(input_width + scenario_width, shared + scenarios, device=device)
 
-    def forward(self, x_PI: Tensor, situations: Situations, owned: list[OwnedExperts]) -> Mixed:
+    def forward(self, x_PI: Tensor, situations: Situations, owned: Sequence[OwnedExperts | GatheredExperts]) -> Mixed:
         """[P, I], E(x^s) of the situations, the owned experts of M dimensions -> Mixed."""
         of_x_AI, of_scenario_AX = self.gate.weight.split([x_PI.shape[1], self.gate.in_features - x_PI.shape[1]], dim=1)
         logit_JA = functional.linear(situations.scenario_JMD.flatten(1), of_scenario_AX, self.gate.bias)
@@ -206,8 +230,7 @@ class SplitMixture(nn.Module):
         weight_PA = gate_PA.to(x_PI.dtype)
         user_PD = self._shared(x_PI, weight_PA[:, : len(self.shared)])
         for m, experts in enumerate(owned):
-            weight_URH, gate_P = experts.weight_URH.to(x_PI.dtype), weight_PA[:, len(self.shared) + m]
-            user_PD = user_PD + _OwnedExperts.apply(x_PI, gate_P, weight_URH, experts.order_P, experts.sizes)
+            user_PD = user_PD + experts.weighed(x_PI, weight_PA[:, len(self.shared) + m])
         return Mixed(user_PD, gate_PA)
 
     def _shared(self, x_PI: Tensor, weight_PE: Tensor) -> Tensor:
@@ -284,9 +307,9 @@ class MultiScenarioMixing(nn.Module):
 
     def forward(
         self,
-        interests: Interests,
+        interests: Interests | LastInterests,
         situations: Situations,
-        owned: list[OwnedExperts],
+        owned: Sequence[OwnedExperts | GatheredExperts],
         scenario_PM: Tensor,
         draw_P: Tensor | None = None,
     ) -> Mixed:

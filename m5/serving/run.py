@@ -1,0 +1,98 @@
+"""`m5 serve`: the service on a port of this machine."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+import uvicorn
+
+from m5.config import ConfigError
+from m5.serving.artifact import Artifact
+from m5.serving.index import IndexKind
+from m5.serving.service import Settings, build_app
+
+GRACE = 10  # seconds that requests in flight get when the service is asked to end
+
+
+def serve(
+    artifact: Path,
+    *,
+    host: str,
+    port: int,
+    index: IndexKind = "exact",
+    compiled: bool = False,
+    threads: int | None = None,
+    largest_batch: int = 64,
+    queue: int = 2048,
+    rate: float | None = None,
+    api_keys: Path | None = None,
+    now: Literal["clock", "dataset"] = "clock",
+) -> int:
+    """Answer until SIGTERM or Ctrl-C; requests in flight are answered first.
+
+    Args:
+        now: `dataset` stops the clock at the dataset's last event, where rights and releases are as they were then.
+
+    Raises:
+        DataError: no whole artifact.
+        ConfigError: no keys in `api_keys`, a rate of 0, or a port that cannot be had.
+    """
+    if rate is not None and not rate > 0:
+        raise ConfigError(f"--rate {rate:g}: give a number above 0, or leave it out for no limit.")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    stopped_at = Artifact(artifact).manifest.now if now == "dataset" else None
+    settings = Settings(
+        index=index,
+        compiled=compiled,
+        largest_batch=largest_batch,
+        queue=queue,
+        rate=rate,
+        api_keys=read_keys(api_keys) if api_keys is not None else [],
+        clock=time.time if stopped_at is None else lambda: float(stopped_at),
+    )
+    listener = listen(host, port)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    app = build_app(artifact, settings)
+    address = f"[{host}]" if ":" in host else host
+    url = f"http://{address}:{listener.getsockname()[1]}/"
+    print(f"answering at {url}  (the API: /openapi.json; Ctrl-C ends it)", flush=True)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+    return 0
+
+
+def read_keys(path: Path) -> list[str]:
+    """Lines of a file, empty ones and comments aside.
+
+    Raises:
+        ConfigError: there is none, which would leave the service open.
+    """
+    keys = [line.strip() for line in path.read_text().splitlines()]
+    keys = [key for key in keys if key and not key.startswith("#")]
+    if not keys:
+        raise ConfigError(f"--api-keys {path}: it holds no key.")
+    return keys
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The bound port, before the model is loaded: what cannot be had is told at once.
+
+    Raises:
+        ConfigError: it is taken, not allowed, or no port.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--host {host} --port {port}: this cannot be had ({error}). Choose another.") from None
+    return listener

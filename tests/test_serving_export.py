@@ -1,0 +1,215 @@
+"""The artifact: it answers as the run does, holds no pickle, and a damaged one is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from m5.cli import main
+from m5.predict import Predictor
+from m5.recommend import Viewer as RunViewer
+from m5.recommend import recommend_titles
+from m5.schema import DataError
+from m5.serving.artifact import MANIFEST, MANIFEST_DIGEST, Artifact
+from m5.serving.export import Options, export
+from m5.serving.retriever import Ask, Retriever
+from m5.serving.viewer import Viewer, ViewerEncoder
+from tests.serving import write_artifact, write_run
+
+PICKLE_HEADS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+KINDS = {
+    "smoe": (),
+    "mmoe": ("model.mixing=mmoe",),
+    "scenario-blind": ("model.mixing=mlp",),
+    "no content": ("model.content=[]",),
+    "bare": ("model.subsidiary=false", "model.categories=false", "model.blocks=0"),
+    "bidirectional": ("model.attention=bidirectional", "sequences.requests=1"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifact")
+    write_artifact(folder)
+    return folder
+
+
+def random_viewers(predictor: Predictor, count: int) -> list[Viewer]:
+    """Histories from none to longer than the model reads; every third value unknown, some intensities not given."""
+    generator, manifest = np.random.default_rng(1), predictor.dataset.manifest
+    viewers = []
+    for number in range(count):
+        length = [0, 1, int(generator.integers(2, 12))][min(number % 4, 2)]
+        seconds = generator.gamma(2, 900, length).astype(np.float32)
+        seconds[generator.random(length) < 0.3] = np.nan
+
+        def values(vocabularies) -> dict[str, int]:
+            return {v.name: int(generator.integers(0, v.size)) for v in vocabularies if generator.random() < 0.67}
+
+        viewers.append(
+            Viewer(
+                title=generator.integers(0, manifest.n_titles, length),
+                timestamp=np.sort(generator.integers(0, 10**7, length)),
+                at=10**7,
+                intensity={"seconds": seconds},
+                scenario=values(manifest.scenarios),
+                context=values(manifest.contexts),
+                user=values(manifest.user_features),
+            )
+        )
+    return viewers
+
+
+def as_run_sees(viewer: Viewer, predictor: Predictor) -> RunViewer:
+    return RunViewer(**vars(viewer))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported_equals_eager(tmp_path: Path, kind: str) -> None:
+    artifact = write_artifact(tmp_path, *KINDS[kind])
+    predictor = Predictor.load(tmp_path / "run")
+    retriever = Retriever(artifact)
+    viewers = random_viewers(predictor, 40)
+    query_BQ, gate_B = retriever.queries(viewers)
+    # The run's own way, one viewer at a time, through the jagged batch.
+    for viewer, query_Q, gate in zip(viewers, query_BQ, gate_B, strict=True):
+        scores = predictor.forward(eager_batch(predictor, viewer))
+        torch.testing.assert_close(query_Q, scores.query_PQ[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(gate, scores.gate_P[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(artifact.key_NQ, predictor.key_NQ, atol=0, rtol=0)
+    # The program that other runtimes load: one viewer, many viewers, nobody's history.
+    program = torch.export.load(artifact.folder / "tower.pt2").module()
+    encoder = ViewerEncoder(artifact)
+    for part in (viewers, viewers[:1], viewers[3:4]):
+        torch.testing.assert_close(program(*encoder(part))[0], retriever.queries(part)[0], atol=1e-5, rtol=0)
+
+
+def eager_batch(predictor: Predictor, viewer: Viewer):
+    from m5.recommend import _behaviours
+
+    request = predictor.builder.ad_hoc_request(viewer.at, viewer.scenario, viewer.context, viewer.user)
+    behaviours, position = _behaviours(predictor, as_run_sees(viewer, predictor))
+    return predictor.builder.assemble(behaviours, request._replace(position=position), None)
+
+
+def test_an_artifact_recommends_what_the_run_recommends(folder: Path) -> None:
+    predictor, retriever = Predictor.load(folder / "run"), Retriever(Artifact(folder / "artifact"))
+    asked = 0
+    for viewer in random_viewers(predictor, 60):
+        expected = recommend_titles(predictor, as_run_sees(viewer, predictor), k=10)
+        (answer,) = retriever.recommend([Ask(viewer, 10)])
+        assert [retriever.title_ids[title] for title in answer.title] == [item.title_id for item in expected]
+        np.testing.assert_allclose(answer.score, [item.score for item in expected], atol=1e-5)
+        np.testing.assert_allclose(answer.id_score + answer.cg_score, answer.score, atol=1e-5)
+        asked += len(expected)
+    assert asked > 300
+
+
+def test_compiled_equals_eager(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    artifact = Artifact(folder / "artifact")
+    viewers = random_viewers(Predictor.load(folder / "run"), 9)
+    eager, fast = Retriever(artifact), Retriever(artifact, compiled=True)
+    if "could not be compiled" in caplog.text:
+        pytest.skip(caplog.text)
+    for part in (viewers, viewers[:1]):
+        torch.testing.assert_close(fast.queries(part)[0], eager.queries(part)[0], atol=1e-5, rtol=0)
+    # Where there is no compiler, it runs uncompiled, and says so.
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", lambda *a, **k: 1 / 0)
+    plain = Retriever(artifact, compiled=True)
+    assert "could not be compiled (ZeroDivisionError" in caplog.text
+    torch.testing.assert_close(plain.queries(viewers)[0], eager.queries(viewers)[0], atol=0, rtol=0)
+
+
+def test_int8_keys_are_near(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    exact, small = export(run, tmp_path / "a"), export(run, tmp_path / "b", Options(int8=True))
+    assert small.title_arrays["key_NQ"].dtype == torch.int8
+    step_N1 = exact.key_NQ.abs().amax(-1, keepdim=True) / 127
+    assert ((small.key_NQ - exact.key_NQ).abs() <= 0.5001 * step_N1).all()
+
+
+def test_nothing_is_pickled(folder: Path) -> None:
+    artifact = folder / "artifact"
+    parts = {path.name: path.read_bytes() for path in artifact.iterdir()}
+    with zipfile.ZipFile(artifact / "tower.pt2") as program:
+        parts |= {name: program.read(name) for name in program.namelist()}
+    assert len(parts) > 20
+    for name, content in parts.items():
+        assert not content.startswith(PICKLE_HEADS), name
+        assert not zipfile.is_zipfile(artifact / name) or name == "tower.pt2", name
+
+
+def test_a_flipped_byte_anywhere_is_refused(folder: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    names = sorted(path.name for path in (folder / "artifact").iterdir())
+    assert {"artifact.json", "model.safetensors", "titles.safetensors", "rights.safetensors", "tower.pt2"} <= {*names}
+    for name in names:
+        copy = tmp_path / name
+        shutil.copytree(folder / "artifact", copy)
+        content = bytearray((copy / name).read_bytes())
+        content[int(generator.integers(len(content)))] ^= 1 << int(generator.integers(8))
+        (copy / name).write_bytes(content)
+        with pytest.raises(DataError, match="damaged"):
+            Artifact(copy)
+
+
+def test_a_missing_file_is_refused(folder: Path, tmp_path: Path) -> None:
+    for name in ("model.safetensors", MANIFEST_DIGEST):
+        copy = tmp_path / name
+        shutil.copytree(folder / "artifact", copy)
+        (copy / name).unlink()
+        with pytest.raises(DataError, match="damaged or missing"):
+            Artifact(copy)
+
+
+def test_the_manifest_and_the_card_tell_what_the_model_is(folder: Path) -> None:
+    manifest = Artifact(folder / "artifact").manifest
+    assert (manifest.n_titles, manifest.history, manifest.content_width) == (30, 6, 6)
+    assert manifest.dataset["name"] == "tiny"
+    card = (folder / "artifact" / "card.md").read_text()
+    for text in ("tiny-time-40-30-3-True-0", manifest.weights_sha256, "| validation |", "run `m5 evaluate` before"):
+        assert text in card
+    # No path of the machine that it was made on.
+    everything = (folder / "artifact" / MANIFEST).read_text() + card
+    assert str(folder) not in everything
+
+
+def test_the_test_split_is_in_the_card_once_it_was_evaluated(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    assert main(["evaluate", str(run), "--no-references"]) == 0
+    artifact = export(run, tmp_path / "artifact")
+    card = (artifact.folder / "card.md").read_text()
+    assert "| test |" in card and "| region=r1 |" in card
+
+
+def test_posters_are_small_and_missing_ones_empty(folder: Path) -> None:
+    posters = Artifact(folder / "artifact").posters
+    assert posters is not None
+    assert posters[0].startswith(b"\xff\xd8") and 0 < len(posters[0]) < 5_000
+    assert posters[0] != posters[1]
+    assert posters[2] == posters[29] == posters[500] == b""
+
+
+def test_only_an_artifact_is_replaced(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert main(["export", str(folder / "run"), "--out", str(tmp_path / "mine")]) == 2
+    assert "is no artifact" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    out = tmp_path / "artifact"
+    assert main(["export", str(folder / "run"), "--out", str(out), "--no-posters"]) == 0
+    assert main(["export", str(folder / "run"), "--out", str(out), "--viewers", "2"]) == 0
+    assert "viewers.json" in json.loads((out / MANIFEST).read_text())["files"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "mine"]
+    assert main(["export", str(tmp_path / "mine"), "--out", str(tmp_path / "x")]) == 2
+
+
+def test_without_a_viewer_asked_for_no_history_is_taken(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path, options=Options())
+    assert artifact.viewers == [] and not (artifact.folder / "viewers.json").exists()
