@@ -64,11 +64,12 @@ def _onboard(options: argparse.Namespace) -> None:
     from data_prep.onboard import encode_title
     from m5.schema import PreparedDataset
     from m5.serving.artifact import Artifact
-    from m5.serving.onboard import LaunchedTitle, add_titles, grants, joined_content, refuse_other_dataset
+    from m5.serving.onboard import LaunchedTitle, add_titles, grants, joined_content, refuse_known, refuse_other_dataset
 
     artifact, dataset = Artifact(options.artifact), PreparedDataset(options.data)
     refuse_other_dataset(artifact, dataset)
     title = read_title(options.title, dataset.manifest)
+    refuse_known(artifact, [title.title_id])
     vectors = encode_title(options.data, title, options.poster, image_weights=options.image_weights)
     rights = rights_rows(title, dataset.manifest) if dataset.manifest.rights_scenarios is not None else None
     launched = LaunchedTitle(

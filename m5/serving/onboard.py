@@ -65,6 +65,15 @@ def refuse_other_dataset(artifact: Artifact, dataset: PreparedDataset) -> None:
         )
 
 
+def refuse_known(artifact: Artifact, title_ids: Sequence[str]) -> None:
+    """Raises DataError where the artifact has one of the titles, or one is named twice."""
+    known = set(artifact.titles["title_id"])
+    for title_id in title_ids:
+        if title_id in known:
+            raise DataError(f"{artifact.folder} has a title '{title_id}' already; a title is added once.")
+        known.add(title_id)
+
+
 def joined_content(artifact: Artifact, vectors: Mapping[ContentKind, np.ndarray]) -> np.ndarray:
     """float32 [G]: the kinds that the model reads, in its order."""
     kinds = artifact.manifest.model.content
@@ -132,16 +141,13 @@ def _refuse(artifact: Artifact, launched: Sequence[LaunchedTitle]) -> None:
         raise DataError(
             f"{artifact.folder}: its model has no content branch, so a title is nothing to it but its watches."
         )
-    known = set(artifact.titles["title_id"])
+    refuse_known(artifact, [one.title_id for one in launched])
     for one in launched:
-        if one.title_id in known:
-            raise DataError(f"{artifact.folder} has a title '{one.title_id}' already; a title is added once.")
         if one.content_G.shape != (width,) or not np.isfinite(one.content_G).all():
             raise DataError(
                 f"title '{one.title_id}': content vectors of shape {one.content_G.shape}, where the model reads "
                 f"{width} finite numbers: the artifact belongs to another dataset, or to other content settings."
             )
-        known.add(one.title_id)
 
 
 def _extend_titles(artifact: Artifact, launched: Sequence[LaunchedTitle], target: Path) -> None:

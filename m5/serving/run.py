@@ -57,7 +57,7 @@ def serve(
         clock=time.time if stopped_at is None else lambda: float(stopped_at),
     )
     listener = listen(host, port)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    speak()
     app = build_app(artifact, settings)
     address = f"[{host}]" if ":" in host else host
     url = f"http://{address}:{listener.getsockname()[1]}/"
@@ -67,6 +67,15 @@ def serve(
     )
     uvicorn.Server(config).run(sockets=[listener])
     return 0
+
+
+def speak() -> None:
+    """Let the service's own log be seen, whatever libraries have done with the root logger."""
+    log = logging.getLogger("m5.serve")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
 
 
 def read_keys(path: Path) -> list[str]:
