@@ -1,8 +1,8 @@
 """The `m5` command. Commands import what they need when they run: `m5 --help` is quick, and `m5 doctor` always starts.
 
-Exit codes: 0 done, 1 `doctor` or `plan` found a problem or `report --against` a scenario that got worse, 2 the user's
-mistake (one paragraph on stderr), 3 training has stalled, 130 Ctrl-C, 143 SIGTERM; training saves where it is before it
-leaves with one of the last two.
+Exit codes: 0 done, 1 `doctor` or `plan` found a problem or a system of `compare` failed, 2 the user's mistake (one
+paragraph on stderr), 3 training has stalled, 4 `report --against` found a scenario that got worse, 130 Ctrl-C, 143
+SIGTERM; training saves where it is before it leaves with one of the last two.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from m5.cli_adapt import add_adapt
 from m5.cli_data import add_prepare, add_stages, add_synth
 from m5.cli_options import add_command, add_world_sizes, count
 from m5.cli_serving import add_export, add_onboard, add_serve
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_export(commands)
     add_serve(commands)
     add_onboard(commands)
+    add_adapt(commands)
     _add_demo(commands)
     _add_bench(commands)
     _add_tune(commands)
@@ -135,7 +137,7 @@ def _filter_seen(options: argparse.Namespace) -> bool | None:
 def _add_report(commands) -> None:
     parser = add_command(commands, "report", _report, "report card of a run by scenario, as a page")
     parser.add_argument("run", type=Path)
-    parser.add_argument("--against", type=Path, metavar="OTHER", help="exit with 1 where RUN is worse than this run")
+    parser.add_argument("--against", type=Path, metavar="OTHER", help="exit with 4 where RUN is worse than this run")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/report")
     _add_seen(parser)
     parser.add_argument("--max-targets", type=count, help="a random part of the test targets")

@@ -24,6 +24,7 @@ from m5.metrics import (
     listed_rank,
     propensity_weights,
     ranking_metrics,
+    small,
 )
 from m5.schema import TEST, VALID, DataError, PreparedDataset
 
@@ -62,16 +63,22 @@ def select_requests(
     eligibility: Eligibility | None,
     max_targets: int | None = None,
     seed: int = 0,
+    within: tuple[str, str] | None = None,
 ) -> Requests:
     """Events of a split as requests; a target that its viewer may not play is left out for all rows.
+
+    Args:
+        within: a scenario's name and value, of which alone the events are taken.
 
     Raises:
         DataError: the split has no events, or none that its viewer may play.
     """
     wanted = VALID if split == "valid" else TEST
-    event = np.flatnonzero(np.asarray(dataset.event_array("split")) == wanted)
+    event, of = np.flatnonzero(np.asarray(dataset.event_array("split")) == wanted), ""
+    if within is not None:
+        event, of = event[in_scenario(dataset, *within)[event]], f" of {'='.join(within)}"
     if not len(event):
-        raise DataError(f"{dataset.folder}: the {split} split has no events, so there is nothing to evaluate.")
+        raise DataError(f"{dataset.folder}: the {split} split has no events{of}, so there is nothing to evaluate.")
     if max_targets is not None and len(event) > max_targets:
         event = np.sort(np.random.default_rng(seed).choice(event, max_targets, replace=False))
     names = [vocabulary.name for vocabulary in dataset.manifest.scenarios]
@@ -93,6 +100,12 @@ def select_requests(
         )
     user = dataset.user_of(event)
     return Requests(event[keep], user[keep], target[keep], timestamp[keep], scenario[keep], int(len(keep) - keep.sum()))
+
+
+def in_scenario(dataset: PreparedDataset, name: str, value: str) -> np.ndarray:
+    """bool [T]: events that were watched in a scenario, e.g. region, of this value."""
+    vocabulary = next(vocabulary for vocabulary in dataset.manifest.scenarios if vocabulary.name == name)
+    return np.asarray(dataset.event_array(f"scenario_{name}")) == vocabulary.index(value)
 
 
 class Candidates:
@@ -267,6 +280,7 @@ def rank_rows(
     filter_seen: bool = True,
     max_targets: int | None = None,
     seed: int = 0,
+    within: tuple[str, str] | None = None,
     more_slices: Callable[[Requests], dict[str, np.ndarray]] | None = None,
 ) -> Evaluation:
     """Ranks of every row on the same requests; arguments and errors as of `evaluate`.
@@ -277,12 +291,16 @@ def rank_rows(
     if len(set(names)) < len(names):
         raise DataError(f"two rows of the evaluation have one name: {', '.join(names)}. Train with another name=NAME.")
     eligibility = Eligibility.from_dataset(dataset)
-    requests = select_requests(dataset, split, eligibility=eligibility, max_targets=max_targets, seed=seed)
+    requests = select_requests(
+        dataset, split, eligibility=eligibility, max_targets=max_targets, seed=seed, within=within
+    )
     slices = _slices(dataset, requests) | (more_slices(requests) if more_slices is not None else {})
+    counts = {name: (len(rows), len(np.unique(requests.user[rows]))) for name, rows in slices.items() if len(rows)}
     warnings = [
-        f"{name}: only {len(rows)} requests; read its numbers with their intervals."
-        for name, rows in slices.items()
-        if 0 < len(rows) < SMALL_SLICE
+        f"{name}: {f'only {count} requests' if count < SMALL_SLICE else f'requests of only {users} users'}; read its "
+        "numbers with their intervals."
+        for name, (count, users) in counts.items()
+        if small(count, users)
     ]
     if requests.left_out:
         warnings.append(f"{requests.left_out} {split} targets were left out: their viewer may not play them.")
@@ -300,6 +318,7 @@ def evaluate(
     max_targets: int | None = None,
     bootstrap: int = BOOTSTRAP_SAMPLES,
     seed: int = 0,
+    within: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
     """Metrics of every row on the same requests.
 
@@ -310,6 +329,7 @@ def evaluate(
         filter_seen: leave titles out that the viewer had watched before.
         max_targets: a random part of the targets, fixed by the seed; none: all.
         bootstrap: samples of the confidence intervals of hr@10 and ndcg@10; 0: no intervals.
+        within: a scenario's name and value, of which alone the requests are taken.
 
     Returns:
         {"models": {row: {"overall": {...}, "scenarios": {"region=US": {...}}, "warm": {...}, "cold": {...}}},
@@ -319,7 +339,9 @@ def evaluate(
     Raises:
         DataError: two rows of one name, a split without events, or a NaN score.
     """
-    found = rank_rows(dataset, scorers, split=split, filter_seen=filter_seen, max_targets=max_targets, seed=seed)
+    found = rank_rows(
+        dataset, scorers, split=split, filter_seen=filter_seen, max_targets=max_targets, seed=seed, within=within
+    )
     models: dict[str, Any] = {}
     for row in found.rows:
         measured = found.measure(row, bootstrap=bootstrap, seed=seed)
@@ -341,8 +363,11 @@ def _slices(dataset: PreparedDataset, requests: Requests) -> dict[str, np.ndarra
     """Rows of everybody, of each scenario value, of warm and cold targets."""
     slices = {"overall": np.arange(len(requests.event))}
     for column, vocabulary in enumerate(dataset.manifest.scenarios):
+        missing = "unknown"
+        while missing in vocabulary.values:  # a value may be called that
+            missing = f"({missing})"
         for index in np.unique(requests.scenario[:, column]):
-            value = vocabulary.values[index - 1] if index else "unknown"
+            value = vocabulary.values[index - 1] if index else missing
             slices[f"{vocabulary.name}={value}"] = np.flatnonzero(requests.scenario[:, column] == index)
     is_cold = dataset.titles["cold"].to_numpy(bool)[requests.target]
     return slices | {"warm": np.flatnonzero(~is_cold), "cold": np.flatnonzero(is_cold)}

@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 CUTOFFS = (10, 50, 200)
-SMALL_SLICE = 100
+SMALL_SLICE, SMALL_USERS = 100, 30  # requests of a slice, and users that they are of, below which it is small
 PROPENSITY_POWER = 0.5
 MAX_CLUSTERS = 5_000  # of users in the bootstrap
+
+
+def small(requests: int, users: int) -> bool:
+    """Whether a slice's numbers need their intervals: users are resampled, so few make an interval unsure of itself."""
+    return requests < SMALL_SLICE or users < SMALL_USERS
 
 
 def tied_rank(score_BN: Tensor, target_B: Tensor) -> np.ndarray:

@@ -239,13 +239,18 @@ def _initialise_tables(parallel: DistributedModelParallel, config: RunConfig) ->
                 shard.tensor[block : block + count].copy_(values[:, column : column + width])
 
 
-def dense_parameters(parallel: DistributedModelParallel) -> dict[str, nn.Parameter]:
-    """Parameters that the dense optimizer owns: all but the sharded tables."""
-    tables = {key for key, value in parallel.state_dict().items() if isinstance(value, ShardedTensor)}
-    return {name: parameter for name, parameter in parallel.named_parameters() if name not in tables}
+def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that the dense optimizer owns: all that are trained but the sharded tables."""
+    tables = {key for key, value in model.state_dict().items() if isinstance(value, ShardedTensor)}
+    return {name: value for name, value in model.named_parameters() if name not in tables and value.requires_grad}
 
 
-def whole_state(parallel: DistributedModelParallel, device: torch.device, prefix: str = "model.") -> dict[str, Tensor]:
+def fused_optimizer(model: nn.Module) -> Any | None:
+    """The sharded tables' optimizer, which steps inside backward; None where no table is sharded."""
+    return model.fused_optimizer if isinstance(model, DistributedModelParallel) else None
+
+
+def whole_state(parallel: nn.Module, device: torch.device, prefix: str = "model.") -> dict[str, Tensor]:
     """Weights with every table gathered; filled on rank 0, empty elsewhere (a collective call).
 
     Args:
@@ -264,7 +269,7 @@ def whole_state(parallel: DistributedModelParallel, device: torch.device, prefix
 
 
 def training_state(
-    parallel: DistributedModelParallel, optimizer: torch.optim.Optimizer, dense: dict[str, nn.Parameter]
+    parallel: nn.Module, optimizer: torch.optim.Optimizer, dense: dict[str, nn.Parameter]
 ) -> dict[str, Any]:
     """Everything that a step changes, by name: tables and their optimizers' sums (sharded), dense weights and moments.
 
@@ -275,7 +280,8 @@ def training_state(
         dense: its parameters by name.
     """
     state: dict[str, Any] = {f"weights.{key}": value for key, value in parallel.state_dict().items()}
-    for key, sums in parallel.fused_optimizer.state_dict()["state"].items():
+    fused = fused_optimizer(parallel)
+    for key, sums in fused.state_dict()["state"].items() if fused is not None else ():
         # The name of a sum repeats the table's: `title.momentum_1`.
         state |= {f"table_optimizer.{key}.{name.rsplit('.', 1)[-1]}": value for name, value in sums.items()}
     for name, parameter in dense.items():

@@ -127,7 +127,8 @@ class TrainingLog:
             return
         self._record("valid", place, metrics)
         shown = "  ".join(f"{key} {metrics[key]:.4f}" for key in ("hr@10", "ndcg@10", "hr@200") if key in metrics)
-        self._say(f"epoch {place.epoch + 1}  validation  {shown}{'  (best so far)' if improved else ''}")
+        when = f"epoch {place.epoch + 1}" if place.step else "to begin with"
+        self._say(f"{when}  validation  {shown}{'  (best so far)' if improved else ''}")
         self.window_began, self.window_targets = time.monotonic(), 0
 
     def _record(self, kind: str, place: Place, values: dict[str, float]) -> None:

@@ -23,6 +23,7 @@ from m5.report_slices import BOOTSTRAP_SAMPLES, in_order, measure_slices, tenure
 from m5.report_text import markdown, print_card
 from m5.schema import DataError, PreparedDataset
 
+WORSE = 4  # the exit code; a crash has 1
 FILES = ("report.json", "report.md", "report.html")
 
 
@@ -46,7 +47,7 @@ def report_run(
         seed: of the part of the targets, of bootstraps and of the sample whose gates are read.
 
     Returns:
-        The exit code: 1 where the run serves a slice significantly worse than `against`, else 0.
+        The exit code: WORSE where the run serves a slice significantly worse than `against`, else 0.
 
     Raises:
         ConfigError: a folder is no run.
@@ -83,7 +84,7 @@ def report_run(
     }
     write_card(folder, card)
     print_card(card, folder / "report.html")
-    return 1 if card["against"] is not None and card["against"]["worse"] else 0
+    return WORSE if card["against"] is not None and card["against"]["worse"] else 0
 
 
 def _other(against: Path, run: Path, predictor: Predictor) -> Predictor:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from m5.metrics import MAX_CLUSTERS, SMALL_SLICE
+from m5.metrics import MAX_CLUSTERS, small
 
 LEVEL = 0.05
 SAMPLES = 4_000
@@ -41,7 +41,7 @@ class Difference:
         difference: run - other.
         interval: 95% bootstrap interval of the difference, of this slice alone.
         p, adjusted_p: one-sided, that RUN is not worse; adjusted by Holm over all slices.
-        small: fewer than SMALL_SLICE requests.
+        small: few requests or users.
         worse: significantly, with all slices tested together.
     """
 
@@ -87,7 +87,7 @@ def compare(
             interval=interval,
             p=p,
             adjusted_p=adjusted,
-            small=len(rows) < SMALL_SLICE,
+            small=small(len(rows), len(np.unique(user[rows]))),
             worse=adjusted <= LEVEL,
         )
         for (name, rows), (interval, p), adjusted in zip(measured.items(), tests, adjusted_p, strict=True)

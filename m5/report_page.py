@@ -16,6 +16,7 @@ from m5.report_text import (
     COLUMNS,
     COMPARISON_HEAD,
     COMPARISON_NOTE,
+    FEW,
     INTEREST_HEAD,
     INTERVAL,
     NO_BEHAVIOUR,
@@ -79,7 +80,7 @@ $body
 </html>
 """)
 COLOURS = 6  # --a0, --a1, ...
-SMALL = "* and pale bars: fewer than 100 requests; read these numbers with their intervals."
+SMALL = f"* and pale bars: {FEW}; read these numbers with their intervals."
 
 
 def page(card: dict[str, Any]) -> str:

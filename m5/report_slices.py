@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from m5.evaluate import Evaluation, Ranked, Requests
-from m5.metrics import CUTOFFS, SMALL_SLICE, bootstrap_intervals, gains, hits, ranking_metrics, reciprocal_ranks
+from m5.metrics import CUTOFFS, bootstrap_intervals, gains, hits, ranking_metrics, reciprocal_ranks, small
 from m5.schema import PreparedDataset
 
 TENURE = ((0, 0), (1, 4), (5, 19), (20, 49), (50, 199), (200, None))  # events before the request, both ends included
@@ -49,7 +49,7 @@ def measure_slices(found: Evaluation, row: Ranked, *, seed: int) -> dict[str, di
     """Every metric of one row by slice; slices without requests are left out.
 
     Returns:
-        name -> {"n": requests, "users", "small": fewer than SMALL_SLICE requests, the METRICS, "coverage@10", "ci": 95%
+        name -> {"n": requests, "users", "small": few requests or users, the METRICS, "coverage@10", "ci": 95%
         intervals of the METRICS}.
     """
     assert row.shown is not None, "select_requests leaves at least one request"
@@ -59,11 +59,11 @@ def measure_slices(found: Evaluation, row: Ranked, *, seed: int) -> dict[str, di
         if not len(rows):
             continue
         rank, weight, user = row.rank[rows], found.weight[rows], found.requests.user[rows]
-        metrics = ranking_metrics(rank, weight)
+        metrics, users = ranking_metrics(rank, weight), len(np.unique(user))
         measured[name] = {
             "n": len(rows),
-            "users": len(np.unique(user)),
-            "small": len(rows) < SMALL_SLICE,
+            "users": users,
+            "small": small(len(rows), users),
             **{metric: metrics[metric] for metric in METRICS},
             "coverage@10": row.shown.coverage(name)["coverage@10"],
             "ci": _intervals(rank, weight, user, seed=seed),

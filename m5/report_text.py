@@ -12,10 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from m5.evaluation_report import LOG_WIDTH
+from m5.metrics import SMALL_SLICE, SMALL_USERS
 from m5.report_slices import METRICS, grouped
 
+FEW = f"fewer than {SMALL_SLICE} requests or {SMALL_USERS} users"
 INTERVAL = "95% intervals: 2.5 and 97.5 percentiles over {samples:,} bootstrap samples of users; coverage has none."
-SMALL = "\\* fewer than 100 requests: read its numbers with their intervals."
+SMALL = f"\\* {FEW}: read its numbers with their intervals."
 COLUMNS = (*METRICS, "coverage@10")
 
 NO_BEHAVIOUR = "no behaviour: learned default"

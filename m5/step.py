@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from m5.batch import Batch
 from m5.config import RunConfig
 from m5.model.m5 import Scores
-from m5.parallel import DistributedModelParallel, World, dense_parameters, pipelined
+from m5.parallel import World, dense_parameters, fused_optimizer, pipelined
 
 
 class NonFinite(Exception):
@@ -43,12 +43,12 @@ class Stepper:
     """Model and optimizers of one rank.
 
     Args:
-        model: sharded, with its loss.
+        model: with its loss; its tables sharded, or, in a single process, ordinary ones that the dense optimizer owns.
         config: the run; reads `optimizer` and `training`.
         place: this rank.
     """
 
-    def __init__(self, model: DistributedModelParallel, config: RunConfig, place: World):
+    def __init__(self, model: nn.Module, config: RunConfig, place: World):
         self.model, self.config, self.place = model, config, place
         self.dense = dense_parameters(model)
         decayed = [parameter for parameter in self.dense.values() if parameter.ndim > 1]
@@ -62,14 +62,17 @@ class Stepper:
             eps=config.optimizer.eps,
             fused=True,
         )
-        self.table_optimizer = model.fused_optimizer
-        self.table_lrs = [group["lr"] for group in self.table_optimizer.param_groups]
+        self.table_optimizer = fused_optimizer(model)
+        groups = self.table_optimizer.param_groups if self.table_optimizer is not None else ()
+        self.table_lrs = [group["lr"] for group in groups]
         self.loss: float = 0.0
         self.batch: Batch | None = None
 
     @property
     def pipelines(self) -> bool:
         setting = self.config.training.pipeline
+        if self.table_optimizer is None:
+            return False  # no table is sharded: nothing to distribute ahead
         return self.place.device.type == "cuda" if setting == "auto" else bool(setting)
 
     def steps(self, batches: Iterator[Batch], factor: Callable[[], float]) -> Iterator[Stepped]:
@@ -127,6 +130,8 @@ class Stepper:
     def _set_learning_rates(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optimizer.lr * factor
+        if self.table_optimizer is None:
+            return
         for group, lr in zip(self.table_optimizer.param_groups, self.table_lrs, strict=True):
             group["lr"] = lr * factor
         # The fused optimizer steps in backward; its step() only hands the learning rate down.

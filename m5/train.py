@@ -9,11 +9,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from m5.assemble import build_model
 from m5.batch import Batch
@@ -42,14 +44,16 @@ from m5.watchdog import Watchdog
 Beat = Callable[[str], None]
 
 
-def train(config: RunConfig, resume: Resume = "no", trainer: type[Trainer] | None = None) -> dict[str, float]:
+def train(
+    config: RunConfig, resume: Resume = "no", trainer: Callable[[RunConfig, World, Beat], Trainer] | None = None
+) -> dict[str, float]:
     """Train one run and leave its best-on-validation weights in `config.out`.
 
     Args:
         resume: what to do with an earlier training in `config.out`: "yes" continues from its newest checkpoint, "no"
             refuses to lose it, "over" starts over. A job that torchrun has restarted goes on with what it has begun,
             whatever is said here.
-        trainer: `Trainer`, or one that does more.
+        trainer: makes the `Trainer`, or one that does more.
 
     Returns:
         Validation metrics of those weights.
@@ -137,7 +141,16 @@ class Trainer:
         config: the run.
         place: this rank.
         beat: tells the watchdog of progress.
+
+    Attributes:
+        within: a scenario's name and value, of which alone the requests validate; None: all do.
+        wanted: bool [T], the training events that are asked for; None: all are.
+        origin: what else the record of the best weights is to hold.
     """
+
+    within: tuple[str, str] | None = None
+    wanted: np.ndarray | None = None
+    origin: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, config: RunConfig, place: World, beat: Beat = lambda where: None):
         self.config, self.place, self.beat = config, place, beat
@@ -153,10 +166,7 @@ class Trainer:
         if counts["valid"] == 0:
             raise DataError(f"{config.data}: no event lies in the validation period, which chooses the checkpoint.")
         beat("building the model")
-        bare = build_model(self.dataset, config, table_device="meta")
-        whole = training_model(self.dataset, config, bare, place.device, Exchange(place.rank, place.size))
-        beat("sharding the tables")
-        self.model = distribute(whole, config, place)
+        self.model = self.build()
         # The unsharded twin that validation scores with, on the first rank.
         self.twin: Predictor | None = None
         if place.first:
@@ -164,12 +174,24 @@ class Trainer:
             self.twin = Predictor(twin, self.builder, config, place.device)
         self.stepper = Stepper(self.model, config, place)
 
+    def build(self) -> nn.Module:
+        """What is trained: the model with its loss, its tables sharded."""
+        config, place = self.config, self.place
+        bare = build_model(self.dataset, config, table_device="meta")
+        whole = training_model(self.dataset, config, bare, place.device, Exchange(place.rank, place.size))
+        self.beat("sharding the tables")
+        return distribute(whole, config, place)
+
+    def weights(self, prefix: str = "model.") -> dict[str, Tensor]:
+        """The weights, whole, on the first rank (a collective call); `prefix` as of `whole_state`."""
+        return whole_state(self.model, self.place.device, prefix)
+
     def validate(self) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Validation metrics, the same on every rank, and the weights, whole, on the first (a collective call).
 
         `training.metric` also stands there per scenario value, e.g. as "ndcg@10/region=US" beside "n/region=US".
         """
-        state = whole_state(self.model, self.place.device)
+        state = self.weights()
         return on_first(lambda: self._measure(state)), state
 
     def _measure(self, state: dict[str, Tensor]) -> dict[str, float]:
@@ -184,6 +206,7 @@ class Trainer:
             max_targets=self.config.training.validation_targets,
             bootstrap=0,
             seed=self.config.seed,
+            within=self.within,
         )
         measured, metric = report["models"][self.twin.name], self.config.training.metric
         metrics = {key: value for key, value in measured["overall"].items() if isinstance(value, int | float)}
@@ -202,6 +225,7 @@ class Trainer:
             rank=place.rank,
             world_size=place.size,
             first=position.batch,
+            wanted=self.wanted,
         )
 
     def run(self, resume: Resume = "no") -> dict[str, float]:
@@ -220,6 +244,7 @@ class Trainer:
             self.pulse = Pulse(rank=place.rank, size=place.size, seconds=position.seconds)
             self.began = time.monotonic() - position.seconds
             with TrainingLog(config.out, enabled=place.first, schedule=schedule, position=position) as log:
+                self.before_the_first_step(position, log)
                 while not position.finished:
                     for taken in self._steps(loader, schedule, position):
                         position.step, position.batch = position.step + 1, position.batch + 1
@@ -246,6 +271,9 @@ class Trainer:
                 self._checkpoint(checkpoints, state, position, log)
                 checkpoints.wait()
         return position.best
+
+    def before_the_first_step(self, position: Position, log: TrainingLog) -> None:
+        """Nothing: weights that start at random are not worth a validation."""
 
     def _tell(self) -> None:
         self.pulse.tell(stop=self.asked.signal is not None, seconds=time.monotonic() - self.began)
@@ -278,7 +306,7 @@ class Trainer:
             self._keep_for_replay(loader, position, error)
 
     def _keep_for_replay(self, loader: Loader, position: Position, error: NonFinite) -> None:
-        state = whole_state(self.model, self.place.device, prefix="")
+        state = self.weights(prefix="")
         place = {"epoch": position.epoch, "step": position.step, "batch": position.batch, "found": str(error)}
         # All ranks stay until it is written: torchrun ends the others of a rank that leaves.
         on_first(lambda: save_replay(self.config.out, loader.whole(position.batch), state, place))
@@ -296,7 +324,7 @@ class Trainer:
         if improved:
             position.best = metrics
             record = {"step": position.step, "epoch": position.epoch, "valid": metrics, "seconds": self.pulse.seconds}
-            record["content"] = self.identity["content"]
+            record |= {"content": self.identity["content"], **self.origin}
             on_first(lambda: save_weights(self.config.out, state, self.dataset.manifest, record))
         log.validation(position, metrics, improved)
 

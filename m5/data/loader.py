@@ -42,10 +42,30 @@ def training_windows(builder: BatchBuilder, generator: np.random.Generator) -> W
     return Windows(start, last, np.maximum(first, start))
 
 
-def epoch_batches(builder: BatchBuilder, *, seed: int, epoch: int) -> list[Windows]:
-    """The epoch's global batches of `sequences` windows, in order."""
+def cut_to(windows: Windows, wanted: np.ndarray, builder: BatchBuilder) -> Windows:
+    """The same windows with fewer requests: one window for every unbroken stretch of wanted events in a window.
+
+    Args:
+        wanted: bool [T], events that may be asked for; the others stay what they are in histories.
+    """
+    count = windows.last - windows.first + 1
+    row = np.repeat(np.arange(len(windows)), count)
+    event = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count) + windows.first[row]
+    keep = wanted[event]
+    row, event = row[keep], event[keep]
+    joined = (row[1:] == row[:-1]) & (event[1:] == event[:-1] + 1)
+    first, last = event[np.append(True, ~joined)[: len(event)]], event[np.append(~joined, True)[: len(event)]]
+    dataset = builder.dataset
+    start = np.maximum(dataset.offsets[dataset.user_of(last)], last - builder.config.sequences.history)
+    return Windows(start, last, first)
+
+
+def epoch_batches(builder: BatchBuilder, *, seed: int, epoch: int, wanted: np.ndarray | None = None) -> list[Windows]:
+    """The epoch's global batches of `sequences` windows, in order; `wanted` as in `cut_to`, None: every event is."""
     generator = np.random.default_rng([seed, epoch])
     windows = training_windows(builder, generator)
+    if wanted is not None:
+        windows = cut_to(windows, wanted, builder)
     settings = builder.config.sequences
     order = generator.permutation(len(windows))
     if settings.sequences_per_epoch is not None:
@@ -67,14 +87,23 @@ class Loader:
         rank, world_size: every rank takes each world_size-th sequence of a global batch. All make as many batches: one
             whose share is empty makes a batch without request.
         first: number of the epoch's batch to begin with, for a run that is resumed.
+        wanted: bool [T], the training events that are asked for; None: all.
     """
 
     def __init__(
-        self, builder: BatchBuilder, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first: int = 0
+        self,
+        builder: BatchBuilder,
+        *,
+        seed: int,
+        epoch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        first: int = 0,
+        wanted: np.ndarray | None = None,
     ):
         self.builder, self.seed, self.epoch = builder, seed, epoch
-        self.rank, self.world_size, self.first = rank, world_size, first
-        self.batches = epoch_batches(builder, seed=seed, epoch=epoch)
+        self.rank, self.world_size, self.first, self.wanted = rank, world_size, first, wanted
+        self.batches = epoch_batches(builder, seed=seed, epoch=epoch, wanted=wanted)
 
     def __len__(self) -> int:
         """Batches of the whole epoch, those before `first` included."""
@@ -87,7 +116,7 @@ class Loader:
 
     def whole(self, index: int) -> Batch:
         """The epoch's batch of that number as a single rank would have it."""
-        return Loader(self.builder, seed=self.seed, epoch=self.epoch)._make(index)
+        return Loader(self.builder, seed=self.seed, epoch=self.epoch, wanted=self.wanted)._make(index)
 
     def __iter__(self) -> Iterator[Batch]:
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(self.builder.config.sequences.prefetch)
