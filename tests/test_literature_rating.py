@@ -93,8 +93,8 @@ def ten_users(tmp_path_factory: pytest.TempPathFactory) -> Data:
 def test_matchers_overfit_ten_users(ten_users: Data, name: str) -> None:
     torch.manual_seed(0)
     network = MATCHERS[name](ten_users)
-    events = ten_users.training_windows()
-    batch = ten_users.sequences(events)
+    windows = ten_users.training_windows(np.random.default_rng(0))
+    batch, events = ten_users.sequences(windows), windows.last
     steps(network, lambda: batch, 250, 1e-2)
     # The ten last training events, each to be found among the titles that its viewer had not watched.
     score_BN = NetworkScorer(name, network, ten_users).score(events)
@@ -324,6 +324,29 @@ def test_finished_folds_are_not_run_again(
     assert found["systems"][0]["mean"]["rmse"] == pytest.approx(np.mean(found["systems"][0]["folds"]["rmse"]))
     assert rating.main([*words, "--systems", "svd", "--seed", "1"]) == 2
     assert "another seed (0, now 1)" in capsys.readouterr().err
+
+
+def test_all_wins_and_spaces_are_as_good_as_commas() -> None:
+    names = [system.name for system in rating.SYSTEMS]
+    assert [system.name for system in rating.chosen(["all", "svd"])] == names
+    assert [system.name for system in rating.chosen(["baseline,svd"])] == ["svd", "baseline"]
+    assert [system.name for system in rating.chosen(["baseline", "svd"])] == ["svd", "baseline"]
+
+
+def test_folds_with_other_descriptions_are_other_folds(
+    official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(official), "--out", str(tmp_path / "out"), "--folds", "2", "--jobs", "0", "--systems", "baseline"]
+    assert rating.main(words) == 0
+    (official / "u.user").write_text((official / "u.user").read_text().replace("writer", "doctor", 1))
+    assert rating.main(words) == 2
+    assert "has folds of another data" in capsys.readouterr().err
+    items = official / "u.item"
+    before = read_world(official).digest
+    items.write_text(items.read_text().replace("Film 3 ", "Movie 3 "))
+    renamed = read_world(official).digest
+    items.write_text(items.read_text().replace("|0|1|", "|1|1|"))
+    assert len({before, renamed, read_world(official).digest}) == 3
 
 
 def test_folds_run_in_processes(official: Path, tmp_path: Path) -> None:

@@ -226,7 +226,9 @@ def test_the_beaten_cells_are_exactly_those_planted(tmp_path: Path) -> None:
     scenarios = section(markdown, "By scenario")
     assert r"| region=US | region=BR\* |" in scenarios
     assert "| ease | .3000 | .3250 △ |" in scenarios
-    assert "▲" in page
+    drawn = re.sub(r"<figcaption>.*?</figcaption>|<p .*?</p>", "", page)
+    assert "▲" not in drawn, "besides where the sign is explained"
+    assert "△" in drawn
     assert "▲" not in "".join(line for line in scenarios.splitlines() if line.startswith("|"))
 
 
@@ -266,10 +268,74 @@ def test_cost_says_how_much_of_the_time_was_used(tmp_path: Path) -> None:
     cost = section(markdown, "Cost")
     assert "| ease | 30.0 | 150% | 5 | 600 | 0.5 | — |" in cost
     assert "| **M5** | **10.0** | **50%** | **5** | **600** | **0.5** | **12,345** |" in cost
-    assert "above 110%: ease 150%." in cost
+    assert "above 105%: ease 150%;" in cost
     assert "A training of M5 took" not in markdown
     markdown, _ = pages(tmp_path, report(system("m5", 0.3, seconds=50.0), system("ease", 0.2)))
     assert "\n\nA training of M5 took 250% of the time allowed;" in markdown, "beside the verdict"
+
+
+def test_time_is_named_as_it_is_printed_and_in_tuning_too(tmp_path: Path) -> None:
+    """20 s are allowed for a training and 10 s for a try of settings."""
+    slow = system("ease", 0.2, seconds=21.0)
+    slow["tuning"][1]["seconds"] = 10.6
+    cost = section(pages(tmp_path, report(M5, slow, system("als", 0.1, seconds=21.2)))[0], "Cost")
+    assert "| ease | 21.0 | 105% |" in cost
+    assert "| als | 21.2 | 106% |" in cost
+    assert "above 105%: ease 106% in tuning, als 106%;" in cost
+    assert "above 105%: none;" in section(pages(tmp_path, report(M5, system("ease", 0.2, seconds=21.0)))[0], "Cost")
+
+
+def test_a_failed_try_has_its_reason_for_a_value(tmp_path: Path) -> None:
+    broken = system("ease", 0.2)
+    broken["tuning"][0] |= {"ndcg@10": None, "failed": "scored a title with NaN"}
+    markdown, _ = pages(tmp_path, report(M5, broken))
+    assert "| ease | — | 2 | failed: scored a title with NaN | lr 0.01 |" in markdown
+
+
+def test_the_protocol_says_what_each_system_reads(tmp_path: Path) -> None:
+    names = ("mind", "comirec", "ease", "popularity", "als")
+    records = [M5, *(system(name, 0.3 - 0.01 * place) for place, name in enumerate(names))]
+    assert (
+        "A system reads the last 50 behaviours of a viewer. But mind, comirec read the last 20 behaviours; ease, als "
+        "read all earlier behaviours; popularity reads no behaviour."
+    ) in pages(tmp_path, report(*records))[0]
+    assert "reads the last 50 behaviours of a viewer.\n" in pages(tmp_path, report(M5, system("sasrec", 0.2)))[0]
+
+
+def made_on(record: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    usual = {"date": "2026-11-27 04:00", "commit": "abc", "cpu": "CPU, 2 cores", "versions": {"torch": "2.0"}}
+    return record | {"made": usual | {"threads": 1, "load": 0.5} | facts}
+
+
+def test_how_rows_were_made_is_printed_where_they_differ(tmp_path: Path) -> None:
+    early = made_on(system("ease", 0.2), date="2026-11-26 23:00", commit="def", threads=2, load=3.25)
+    markdown, _ = pages(tmp_path, report(made_on(M5), early))
+    assert "| system | date | load before | commit | threads |" in markdown
+    assert "| ease | 2026-11-26 23:00 | 3.25 | def | 2 |" in markdown
+    assert "| M5 | 2026-11-27 04:00 | 0.5 | abc | 1 |" in markdown
+    alike = made_on(system("ease", 0.2), date="2026-11-27 05:00", load=2)
+    assert "load before" not in pages(tmp_path, report(made_on(M5), alike))[0]
+
+
+def test_slices_of_few_viewers_are_marked(tmp_path: Path) -> None:
+    made = report(M5, system("ease", 0.2)) | {"viewers": {"overall": 40, "region=US": 29, "region=BR": 40}}
+    scenarios = section(pages(tmp_path, made)[0], "By scenario")
+    assert r"| region=US\* | region=BR\* |" in scenarios
+    assert "fewer than 100 requests or 30 viewers" in scenarios
+
+
+def test_one_viewer_has_no_interval(tmp_path: Path) -> None:
+    made = report(M5, system("ease", 0.2))
+    made["against_m5"]["ease"]["overall"] |= {"low": None, "high": None, "better": None}
+    markdown, _ = pages(tmp_path, made)
+    assert "(95% interval of M5 less ease: one viewer, no interval; not clear, it holds 0)" not in markdown
+    assert "+.1200 (one viewer, no interval) | not clear |" in markdown
+
+
+def test_a_bar_in_code_ends_no_cell(tmp_path: Path) -> None:
+    made = report(M5, system("ease", 0.2))
+    made["command"] = "m5 compare --data 'a|b'"
+    assert r"| command | `m5 compare --data 'a\|b'` |" in pages(tmp_path, made)[0]
 
 
 def test_what_was_tuned_and_what_limits_the_comparison(tmp_path: Path) -> None:
@@ -281,6 +347,7 @@ def test_what_was_tuned_and_what_limits_the_comparison(tmp_path: Path) -> None:
             "Intervals are not corrected for the number of cells: there are 5",
             "docs/results/2026-11-27-search.md",
             "so that favours M5",
+            "and of MovieLens-1M (a few one-epoch trials)",
             "image: made up",
             "only 50 requests",
             "Author of ease, doi 10.1145/1.ease",
@@ -290,6 +357,15 @@ def test_what_was_tuned_and_what_limits_the_comparison(tmp_path: Path) -> None:
     markdown, _ = pages(tmp_path, report(M5, system("ease", 0.2)))
     assert "| ease | .4000 | 3 | chosen | lr 0.02 |" in markdown
     assert "| ease | .3000 | 2 |  | lr 0.01 |" in markdown
+
+
+def test_the_looks_at_validation_data_are_told_of_any_dataset(tmp_path: Path) -> None:
+    made = report(M5, system("ease", 0.2))
+    made["dataset"]["name"] = "ml-1m"
+    markdown, _ = pages(tmp_path, made)
+    assert "validation data of the synthetic world (among them a search of 20 trials" in markdown
+    assert "and of MovieLens-1M (a few one-epoch trials)" in markdown
+    assert "so that favours M5" not in markdown
 
 
 def test_text_is_escaped(tmp_path: Path) -> None:

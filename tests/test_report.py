@@ -107,6 +107,35 @@ def test_metrics_of_a_slice(tmp_path: Path) -> None:
     assert "coverage@10" not in both["ci"]
 
 
+def test_a_value_called_unknown_is_not_what_is_missing(tmp_path: Path) -> None:
+    histories = [[(0, 1, TRAIN), (30, 2, TEST)] for _ in range(6)]
+    plan = [0, 0, 0, 1, 1, 2]
+    dataset = write_handmade(
+        tmp_path / "d", histories, titles=31, scenario=[[(1, plan[user])] * 2 for user in range(6)]
+    )
+    values = (Vocabulary(name="region", values=("US",)), Vocabulary(name="plan", values=("unknown", "(unknown)")))
+    dataset.manifest = dataset.manifest.model_copy(update={"scenarios": values})
+    slices = rank_rows(dataset, [Placed(dataset, lambda event: 1, "placed")]).slices
+    plans = {name: rows.tolist() for name, rows in slices.items() if name.startswith("plan")}
+    assert plans == {"plan=((unknown))": [0, 1, 2], "plan=unknown": [3, 4], "plan=(unknown)": [5]}
+
+
+def test_a_slice_of_few_users_is_small(tmp_path: Path) -> None:
+    """29 users with four requests each are 116 requests, but no more than 29 that are independent."""
+    sizes = []
+    for users in (29, 30):
+        histories = [[(0, 1, TRAIN), *((30, time, TEST) for time in range(2, 6))] for _ in range(users)]
+        dataset = write_handmade(tmp_path / str(users), histories, titles=31)
+        found = rank_rows(dataset, [Placed(dataset, lambda event: 1, "placed")], filter_seen=False)
+        part = measure_slices(found, found.rows[0], seed=0)["overall"]
+        gain = np.ones(part["n"])
+        (difference,) = compare({"overall": found.slices["overall"]}, found.requests.user, gain, gain)
+        sizes.append((part["n"], part["small"], difference.small))
+        told = "overall: requests of only 29 users; read its numbers with their intervals."
+        assert (told in found.warnings) == (users == 29)
+    assert sizes == [(116, True, True), (120, False, False)]
+
+
 # ---- comparison --------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +196,7 @@ def test_many_slices_get_samples_enough() -> None:
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_a_region_that_got_worse_is_named_and_exits_1(
+def test_a_region_that_got_worse_is_named_and_exits_4(
     swapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """RUN serves US better and BR worse, so that nothing changes overall, by plan, or by tenure."""
@@ -185,7 +214,7 @@ def test_a_region_that_got_worse_is_named_and_exits_1(
     monkeypatch.setattr(Predictor, "load", lambda run: placed[Path(run).name])
     monkeypatch.setattr(report, "inner_life", lambda *arguments, **settings: NO_MODEL)
     run, other = ("old", "new") if swapped else ("new", "old")
-    assert main(["report", str(tmp_path / run), "--against", str(tmp_path / other)]) == 1
+    assert main(["report", str(tmp_path / run), "--against", str(tmp_path / other)]) == 4
     card = json.loads((tmp_path / run / "report" / "report.json").read_text())
     worse, better = ("region=US", "region=BR") if swapped else ("region=BR", "region=US")
     assert card["against"]["worse"] == [worse]
@@ -239,9 +268,9 @@ def test_the_card_holds_every_scenario_and_says_which_are_small(card: dict) -> N
     regions = {f"region={value}" for value in ("unknown", "r1", "r2", "r3")}
     assert {"overall", *regions, "plan=ads", "plan=premium", "warm", "cold", "tenure=5-19"} <= set(card["slices"])
     for name, part in card["slices"].items():
-        assert part["small"] == (part["n"] < 100)
+        assert part["small"] == (part["n"] < 100 or part["users"] < 30)
         assert (f"{name}: only {part['n']} requests; read its numbers with their intervals." in card["warnings"]) == (
-            part["small"]
+            part["n"] < 100
         )
         assert all(part["ci"][metric][0] <= part[metric] <= part["ci"][metric][1] for metric in METRICS)
     assert card["checkpoint"]["weights_sha256"]

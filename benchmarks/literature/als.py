@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
+import torch
 
 from benchmarks.literature.data import Data
 from benchmarks.literature.system import Settings, System
@@ -25,7 +26,11 @@ class ALS:
             from implicit.cpu.als import AlternatingLeastSquares
 
             self.model = AlternatingLeastSquares(
-                factors=factors, regularization=regularisation, alpha=alpha, random_state=seed, num_threads=1
+                factors=factors,
+                regularization=regularisation,
+                alpha=alpha,
+                random_state=seed,
+                num_threads=torch.get_num_threads(),  # as many as the other systems have
             )
         self.name, self.data, self.alpha = "als", data, alpha
         self.model.fit(data.interactions.matrix_UN, show_progress=False)

@@ -21,7 +21,7 @@ from torch_geometric.utils import scatter
 
 from benchmarks.literature.data import Data, Sequences
 from benchmarks.literature.network import FullSoftmax, Network, NetworkScorer, SampledSoftmax, train_network
-from benchmarks.literature.system import Settings, System
+from benchmarks.literature.system import CannotFeed, Settings, System
 from data_prep.metagraph import Metagraph, build_metagraph
 from m5.schema import DataError
 
@@ -170,15 +170,17 @@ class MultiModalGAT(Network):
 
     def loss(self, batch: Sequences) -> Tensor:
         h_ND = self.titles()
-        valid_BL = batch.valid_BL
-        return self.softmax(self.hidden(batch, h_ND)[valid_BL], self.key(h_ND), batch.next_BL[valid_BL])
+        asked_BL = batch.asked_BL
+        return self.softmax(self.hidden(batch, h_ND)[asked_BL], self.key(h_ND), batch.next_BL[asked_BL])
 
 
 def fit(data: Data, settings: Settings, seed: int, seconds: float) -> NetworkScorer:
     torch.manual_seed(seed)
-    network = MultiModalGAT(
-        data, dropout=settings["dropout"], id_embedding=settings["id"], negatives=settings["negatives"]
-    )
+    shape = {"dropout": settings["dropout"], "id_embedding": settings["id"], "negatives": settings["negatives"]}
+    try:
+        network = MultiModalGAT(data, **shape)
+    except DataError as error:
+        raise CannotFeed(str(error)) from None
     # A batch costs a pass of the whole graph; without negatives drawn, its softmax costs more than that.
     size = 64 if settings["negatives"] else 32
     return train_network("chakder", network, data, seed=seed, seconds=seconds, lr=settings["lr"], batch_size=size)

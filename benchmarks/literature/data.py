@@ -4,7 +4,8 @@ Dimension legend: B sequences, L columns of a sequence, F features of a request,
 
 A sequence of n behaviours has n + 1 columns: column 0 is the start, column c the c-th behaviour, then padding. What
 *follows* a column is the request that its viewer makes next: its features stand at that column, and its title is what a
-model has to find there. The last valid column's request is the one that a target event makes.
+model has to find there. The last valid column's request is the one that a target event makes. In training, the requests
+of some columns may be asked for elsewhere: those columns are there to be read, and `asked_BL` leaves them out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from m5.baselines import Interactions
-from m5.data.sequences import age_bucket
+from m5.data.sequences import Windows, age_bucket
 from m5.schema import TRAIN, ContentKind, DataError, PreparedDataset
 
 RATING_LIKE = ("rating", "completion")  # which intensity is the value of a watch, where there are several
@@ -34,6 +35,7 @@ class Sequences(NamedTuple):
         next_BL: int64, the title that follows; N + 1 where padded.
         next_value_BL: float32, the value of what follows. Models may learn to predict it, never read it.
         length_B: int64, valid columns, at least 1.
+        asked_BL: bool, columns whose request is asked for here; the last valid one always is.
     """
 
     title_BL: Tensor
@@ -43,6 +45,7 @@ class Sequences(NamedTuple):
     next_BL: Tensor
     next_value_BL: Tensor
     length_B: Tensor
+    asked_BL: Tensor
 
     @property
     def valid_BL(self) -> Tensor:
@@ -136,25 +139,33 @@ class Data:
             for kind in self.dataset.manifest.metadata
         }
 
-    def training_windows(self) -> np.ndarray:
-        """int64: last events of consecutive stretches that together ask for every training event once.
+    def training_windows(self, generator: np.random.Generator) -> Windows:
+        """Stretches of training events that together ask for every one of them once, cut as M5's loader cuts them.
 
-        A stretch asks for up to `history` + 1 events: those that follow its start and its behaviours.
+        A viewer's training events are cut from the newest to the oldest into stretches of `history`; the first cut is
+        moved at random, so that epochs differ in what a target sees before it. Each stretch is read with as much of
+        what lies before it as `history` leaves room for.
         """
-        first = np.searchsorted(self.train, self.dataset.offsets[:-1])
-        count = np.searchsorted(self.train, self.dataset.offsets[1:]) - first
-        size = self.history + 1
-        user = np.repeat(np.arange(self.n_users), -(-count // size))
-        part = np.arange(len(user)) - np.repeat(np.cumsum(-(-count // size)) - -(-count // size), -(-count // size))
-        # Cut from the end: the first stretch is the short one.
-        return self.train[first[user] + count[user] - 1 - part * size]
+        begin = self.dataset.offsets[:-1]
+        count = np.searchsorted(self.train, self.dataset.offsets[1:]) - np.searchsorted(self.train, begin)
+        size = self.history
+        shift = np.where(count > size, generator.integers(0, size, len(count)), 0)
+        parts = np.where(count > 0, -(-(count + shift) // size), 0)
+        user = np.repeat(np.arange(self.n_users), parts)
+        part = np.arange(len(user)) - np.repeat(np.cumsum(parts) - parts, parts)
+        end = (begin + count + shift)[user] - part * size
+        last = np.minimum(end, (begin + count)[user]) - 1
+        first, start = np.maximum(end - size, begin[user]), np.maximum(last - size, begin[user])
+        return Windows(start, last, np.maximum(first, start))
 
-    def sequences(self, event: np.ndarray, history: int | None = None) -> Sequences:
+    def sequences(self, event: np.ndarray | Windows, history: int | None = None) -> Sequences:
         """int64 [B] target events -> what their viewers had done before, at most `history` (or fewer) behaviours.
 
-        Only what lies before the target event is read, and the time and features of its request.
+        Only what lies before the target event is read, and the time and features of its request. Every column's request
+        is asked for, unless training windows say which.
         """
-        event = np.asarray(event, dtype=np.int64)
+        windows = event if isinstance(event, Windows) else None
+        event = windows.last if windows else np.asarray(event, dtype=np.int64)
         user = self.dataset.user_of(event)
         start = np.maximum(self.dataset.offsets[user], event - min(history or self.history, self.history))
         length = event - start + 1
@@ -176,4 +187,5 @@ class Data:
             next_BL=torch.from_numpy(np.where(inside_BL, self.title[follows_BL], self.n_titles + 1)),
             next_value_BL=torch.from_numpy(np.where(inside_BL, self.value[follows_BL], 0).astype(np.float32)),
             length_B=torch.from_numpy(length),
+            asked_BL=torch.from_numpy(inside_BL & (follows_BL >= (windows.first if windows else start)[:, None])),
         )

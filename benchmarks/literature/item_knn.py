@@ -7,8 +7,16 @@ from benchmarks.literature.system import Settings, System
 from m5.baselines import ItemKNN
 
 
-def fit(data: Data, settings: Settings, seed: int, seconds: float) -> ItemKNN:
-    return ItemKNN(data.interactions, settings["neighbours"])
+class CountedItemKNN(ItemKNN):
+    """Item-kNN that tells how many similarities it keeps."""
+
+    def __init__(self, data: Data, neighbours: int):
+        super().__init__(data.interactions, neighbours)
+        self.parameters = int(self.similarity_NN.nnz)
+
+
+def fit(data: Data, settings: Settings, seed: int, seconds: float) -> CountedItemKNN:
+    return CountedItemKNN(data, settings["neighbours"])
 
 
 SYSTEM = System(

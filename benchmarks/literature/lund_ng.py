@@ -76,14 +76,14 @@ class LundNg(Network):
         return torch.cat([self.autoencoder.decoder.weight, self.autoencoder.decoder.bias.unsqueeze(-1)], dim=-1)
 
     def loss(self, batch: Sequences) -> Tensor:
-        # All that a stretch asks for, whatever its order: an autoencoder knows none.
+        # All of a stretch, whatever its order: an autoencoder knows none. What another stretch asks for is only read.
         rated_BL, value_BL = batch.valid_BL, batch.next_value_BL - self.mean
-        hidden_BL = rated_BL & (torch.rand(rated_BL.shape) < self.masked)
+        hidden_BL = batch.asked_BL & (torch.rand(rated_BL.shape) < self.masked)
         code_BD = self.autoencoder(batch.next_BL, value_BL, rated_BL & ~hidden_BL)
         score_BN = self.autoencoder.decoder(code_BD)
         if self.kind == "rating":
             score_BL = score_BN.gather(1, batch.next_BL.clamp(max=self.n_titles - 1))
-            return functional.mse_loss(score_BL[rated_BL], value_BL[rated_BL])
+            return functional.mse_loss(score_BL[batch.asked_BL], value_BL[batch.asked_BL])
         log_share_BN = score_BN.masked_fill(self.cold_N, -torch.inf).log_softmax(-1)
         log_share_BL = log_share_BN.gather(1, batch.next_BL.clamp(max=self.n_titles - 1))
         return -log_share_BL[hidden_BL].sum() / hidden_BL.sum().clamp(min=1)

@@ -13,6 +13,7 @@ from benchmarks.literature.system import Settings, System
 ROUNDS = 3  # of dynamic routing
 HISTORY = 20  # behaviours that are read
 INFINITE = 1e9  # a power of the label-aware attention
+STRETCH = 3.0  # of the bilinear map at the start
 
 
 def squash(x_XD: Tensor) -> Tensor:
@@ -37,9 +38,16 @@ class MIND(Network):
         super().__init__()
         self.n_titles, self.power, self.history = data.n_titles, power, min(HISTORY, data.history)
         self.embedding = BehaviourEmbedding(data, width)
+        # Capsules are averages: from torch's own start, 4.6 long, the value would be all that is left of behaviours.
+        nn.init.normal_(self.embedding.value.weight, std=0.5 * width**-0.5)
         self.bilinear = nn.Linear(width, width, bias=False)
-        nn.init.eye_(self.bilinear.weight)  # interests begin among the titles that they are made of
-        # Routing logits start from fixed draws, so that capsules differ.
+        # Interests begin among the titles that they are made of. A capsule is shorter than 1, so that the agreement of
+        # behaviours of length 1 with it would be drowned by the logits' draws, and all interests would stay alike.
+        nn.init.eye_(self.bilinear.weight)
+        with torch.no_grad():
+            self.bilinear.weight *= STRETCH
+        # Routing logits start from standard normal draws that are not trained, so that capsules differ. They are one to
+        # a place in the sequence: the same viewer is always routed alike.
         self.start_LI: Tensor
         self.register_buffer("start_LI", torch.randn(self.history + 1, interests))
         self.perceptron = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
@@ -91,7 +99,10 @@ SYSTEM = System(
         "doi 10.1145/3357384.3357814"
     ),
     built_on="own, on torch",
-    departures="As many interests for all viewers; sampled softmax with log Q correction; unit queries, learned scale.",
+    departures=(
+        "As many interests for all viewers; sampled softmax with log Q correction; unit queries, learned scale; the "
+        "bilinear map starts as three times the identity, and routing's draws are one to a place, not to a viewer."
+    ),
     settings=(
         {"interests": 4, "power": INFINITE, "lr": 5e-3},
         {"interests": 4, "power": 2.0, "lr": 5e-3},

@@ -163,9 +163,20 @@ class MuWu(Network):
         self.kind, self.n_titles = loss, data.n_titles
         self.mean = float(data.value[data.train].mean())
         self.warm = torch.from_numpy(np.flatnonzero(~data.cold))
+        self._key_ND: Tensor | None = None
+
+    def train(self, mode: bool = True) -> MuWu:
+        """Forget the titles' keys that scoring keeps: weights change between one mode and the next."""
+        self._key_ND = None
+        return super().train(mode)
 
     def keys(self) -> Tensor:
-        return self._keys(torch.arange(self.n_titles))
+        """[N, D + 1]; while scoring, the titles' tower runs once."""
+        if self.training:
+            return self._keys(torch.arange(self.n_titles))
+        if self._key_ND is None:
+            self._key_ND = self._keys(torch.arange(self.n_titles))
+        return self._key_ND
 
     def _keys(self, title_X: Tensor) -> Tensor:
         """int64 [X] -> [X, D + 1], the bias last."""
@@ -186,15 +197,15 @@ class MuWu(Network):
 
     def loss(self, batch: Sequences) -> Tensor:
         # The title's tower is the dear one: it runs for the titles of this batch and what is drawn against them.
-        valid_BL, drawn_C = batch.valid_BL, self.warm[torch.randperm(len(self.warm))[:NEGATIVES]]
-        target_P, watched_X = batch.next_BL[valid_BL], batch.title_BL[batch.title_BL < self.n_titles]
+        asked_BL, drawn_C = batch.asked_BL, self.warm[torch.randperm(len(self.warm))[:NEGATIVES]]
+        target_P, watched_X = batch.next_BL[asked_BL], batch.title_BL[batch.title_BL < self.n_titles]
         own_X = torch.cat([target_P, watched_X, *([drawn_C] if self.kind == "softmax" else [])]).unique()
         key_XD = self._keys(own_X)
         key_ND = key_XD.new_zeros(self.n_titles, key_XD.shape[1]).index_copy(0, own_X, key_XD)
-        query_PD = self._viewers(batch, key_ND)[valid_BL]
+        query_PD = self._viewers(batch, key_ND)[asked_BL]
         own_P = (query_PD * key_ND[target_P]).sum(-1)
         if self.kind == "rating":
-            return functional.mse_loss(own_P + self.mean, batch.next_value_BL[valid_BL])
+            return functional.mse_loss(own_P + self.mean, batch.next_value_BL[asked_BL])
         # Each as likely as any other: the correction by log Q is the same for all, and left out.
         logit_PC = (query_PD @ key_ND[drawn_C].T).masked_fill(drawn_C == target_P.unsqueeze(-1), -torch.inf)
         return (torch.logsumexp(torch.cat([own_P.unsqueeze(-1), logit_PC], dim=-1), dim=-1) - own_P).mean()

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from benchmarks.literature.data import Data, Sequences
 from m5.baselines import CHOICE_METRIC
-from m5.data.sequences import AGE_BUCKETS
+from m5.data.sequences import AGE_BUCKETS, Windows
 from m5.evaluate import Scorer, evaluate
 
 VALIDATIONS = 6  # that a training has time for, spread over it
@@ -27,7 +27,8 @@ PATIENCE = 3  # validations without a better NDCG@10 before it ends
 class Network(nn.Module):
     """What the loop needs of a system's network. `windows` says what a training example is.
 
-    every: stretches of a viewer's events, each of which is a target (causal networks); last: single events.
+    every: stretches of a viewer's events, each of which is a target (`asked_BL`), cut anew for each epoch; last: single
+    events.
     `softmax` is `FullSoftmax` or `SampledSoftmax`. `history`: behaviours that it reads, where fewer than all.
     """
 
@@ -110,8 +111,8 @@ class CausalNetwork(Network):
         return self.embedding.keys()
 
     def loss(self, batch: Sequences) -> Tensor:
-        valid_BL = batch.valid_BL
-        return self.softmax(self.hidden(batch)[valid_BL], self.keys(), batch.next_BL[valid_BL])
+        asked_BL = batch.asked_BL
+        return self.softmax(self.hidden(batch)[asked_BL], self.keys(), batch.next_BL[asked_BL])
 
 
 def best_interest(score: Tensor) -> Tensor:
@@ -203,10 +204,9 @@ def train_network(
     began = time.monotonic()
     generator = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    events = data.training_windows() if network.windows == "every" else data.train
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay)
     best, best_value, stale, due = copy.deepcopy(network.state_dict()), -1.0, 0, seconds / VALIDATIONS
-    for event in _shuffled(events, batch_size, generator):
+    for event in _shuffled(network, data, batch_size, generator):
         elapsed = time.monotonic() - began
         if elapsed >= due:
             value = validate(NetworkScorer(name, network, data), data)
@@ -227,12 +227,15 @@ def train_network(
     return NetworkScorer(name, network, data)
 
 
-def _shuffled(events: np.ndarray, size: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """Batches for ever, in a new order each epoch."""
+def _shuffled(
+    network: Network, data: Data, size: int, generator: np.random.Generator
+) -> Iterator[np.ndarray | Windows]:
+    """Batches for ever, in a new order each epoch, and with new cuts between a viewer's stretches."""
     while True:
-        order = generator.permutation(events)
+        events = data.training_windows(generator) if network.windows == "every" else data.train
+        order = generator.permutation(len(events))
         for first in range(0, len(order), size):
-            yield order[first : first + size]
+            yield events[order[first : first + size]]
 
 
 def validate(scorer: Scorer, data: Data) -> float:

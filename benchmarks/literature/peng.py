@@ -27,7 +27,7 @@ from torch.nn import functional
 from benchmarks.literature.data import Data
 from benchmarks.literature.network import PATIENCE, VALIDATIONS, validate
 from benchmarks.literature.peng_environment import PARTS, LoggedViewers, States, title_factors
-from benchmarks.literature.system import Settings, System
+from benchmarks.literature.system import CannotFeed, Settings, System
 
 VIEWERS = 256  # acted for at a time
 REMEMBERED = 60_000  # steps that the critic learns from
@@ -180,6 +180,8 @@ def make_agent(data: Data, states: States, settings: Settings, seed: int) -> DDP
 
 
 def fit(data: Data, settings: Settings, seed: int, seconds: float) -> ActorScorer:
+    if min(data.n_users, data.n_titles) < 2:
+        raise CannotFeed("the titles' factors need at least two viewers and two titles")
     began = time.monotonic()
     states = States(data, title_factors(data, settings["factors"], seed))
     clock = UntilTheClock(data, states, began, seconds)

@@ -44,17 +44,17 @@ SYSTEMS: tuple[RatingSystem, ...] = (
 Fold = dict[str, float]
 
 
-def chosen(text: str) -> list[RatingSystem]:
-    """Systems of a comma-separated list, or all, in the table's order.
+def chosen(words: list[str]) -> list[RatingSystem]:
+    """Systems of a list with spaces or commas, or all, alone or beside names, in the table's order.
 
     Raises:
         ConfigError: there is no system of that name.
     """
     known = {system.name: system for system in SYSTEMS}
-    names = list(known) if text == "all" else [name.strip() for name in text.split(",")]
-    if unknown := [name for name in names if name not in known]:
+    names = [name for text in words for name in text.replace(",", " ").split()]
+    if unknown := [name for name in names if name != "all" and name not in known]:
         raise ConfigError(f"there is no rating system '{unknown[0]}'. Systems: all, or some of {', '.join(known)}.")
-    return [system for name, system in known.items() if name in names]
+    return [system for name, system in known.items() if "all" in names or name in names]
 
 
 def errors(predicted_R: np.ndarray, value_R: np.ndarray, world: World) -> tuple[float, float]:
@@ -88,7 +88,7 @@ class Kept:
 
     Args:
         path: of the file.
-        key: ratings, folds, seed and time that they were made with.
+        key: data, folds, seed and time that they were made with.
 
     Raises:
         DataError: the file is damaged, or its folds were made otherwise.
@@ -154,7 +154,7 @@ def measure(options: argparse.Namespace) -> Path:
     (options.out / "folds").mkdir(parents=True, exist_ok=True)
     kept = {}
     for system in systems:
-        key: dict[str, Any] = {"ratings": world.digest, "folds": options.folds, "seed": options.seed}
+        key: dict[str, Any] = {"data": world.digest, "folds": options.folds, "seed": options.seed}
         if system.by_time:
             key["seconds"] = options.seconds
         kept[system.name] = Kept(options.out / "folds" / f"{system.name}.json", key)
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.literature.rating", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("data", type=Path, help="official zip or folder of MovieLens 100K or 1M")
-    parser.add_argument("--systems", default="all", help="all, or names with commas between them")
+    parser.add_argument("--systems", nargs="+", default=["all"], metavar="NAME", help="all (default), or names")
     parser.add_argument("--folds", type=positive, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs/ratings"), help="folder of results")
     parser.add_argument("--seconds", type=float, default=300.0, help="at most, for training a neural system on a fold")

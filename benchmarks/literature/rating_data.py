@@ -6,6 +6,7 @@ Dimension legend: R ratings, U users, F features of a user.
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class World:
         feature_sizes: of the vocabularies.
         text: of every title, its name and, where given, its description.
         genres: of every title.
-        digest: of the ratings.
+        digest: of all of it that a system reads.
         note: what the reader of figures must know of these ratings; "" where there is nothing.
     """
 
@@ -107,6 +108,8 @@ def read_world(path: Path, titles: Path | None = None) -> World:
     feature_UF, sizes = _features(users, pd.Index(user_ids))
     name, note = _identify(ratings, len(user_ids), Path(path).stem)
     described = movies["description"].fillna("") if "description" in movies else pd.Series("", movies.index)
+    text = (movies["name"].fillna("") + " " + described).tolist()
+    genres = [list(values) for values in movies["genres"]]
     return World(
         name=name,
         ratings=ratings,
@@ -116,11 +119,18 @@ def read_world(path: Path, titles: Path | None = None) -> World:
         high=float(ratings.value_R.max()),
         feature_UF=feature_UF,
         feature_sizes=sizes,
-        text=(movies["name"].fillna("") + " " + described).tolist(),
-        genres=[list(values) for values in movies["genres"]],
-        digest=hashlib.sha256(b"".join(column.tobytes() for column in ratings)).hexdigest()[:16],
+        text=text,
+        genres=genres,
+        digest=_digest(ratings, feature_UF, text, genres),
         note=note,
     )
+
+
+def _digest(ratings: Ratings, feature_UF: np.ndarray, text: list[str], genres: list[list[str]]) -> str:
+    """Of ratings and of what is known of users and titles: folds made with other descriptions are other folds."""
+    found = hashlib.sha256(b"".join(column.tobytes() for column in ratings) + feature_UF.tobytes())
+    found.update(json.dumps([feature_UF.shape, text, genres]).encode())
+    return found.hexdigest()[:16]
 
 
 def _features(users: pd.DataFrame | None, ids: pd.Index) -> tuple[np.ndarray, tuple[int, ...]]:

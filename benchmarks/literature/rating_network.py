@@ -1,5 +1,8 @@
 """What a system is to the rating task, and the loop that trains the neural ones: squared error, stopped by validation.
 
+The neural systems' sizes, dropout and learning rates are fixed numbers in each system's file; nothing tunes them,
+on any data set. Held-out ratings decide only when a training ends.
+
 Dimension legend: B examples, R ratings.
 """
 

@@ -1,7 +1,7 @@
 """The report of `m5 compare`: compare.md, and compare.html, which holds plots as well and loads nothing.
 
-`report_figures` has the arithmetic, `report_sections` the text and the tables, `report_plots` the figures and
-`report_document` the two renderings.
+`report_figures` has the arithmetic, `report_head` and `report_sections` the text and the tables, `report_plots` the
+figures and `report_document` the two renderings.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.literature import report_sections as sections
 from benchmarks.literature.report_document import Block, markdown, page
 from benchmarks.literature.report_figures import Comparison
+from benchmarks.literature.report_head import head
 
 
 def write_pages(report: Mapping[str, Any], out: Path) -> list[Path]:
@@ -31,7 +32,7 @@ def write_pages(report: Mapping[str, Any], out: Path) -> list[Path]:
 
 def document(comparison: Comparison) -> list[Block]:
     """All of the report, in order; sections that need results are left out where there are none."""
-    blocks = sections.head(comparison)
+    blocks = head(comparison)
     if comparison.rows:
         blocks += sections.main_table(comparison)
         blocks += sections.where_m5_is_beaten(comparison)

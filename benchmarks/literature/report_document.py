@@ -100,15 +100,20 @@ def _markdown_of(block: Block) -> str:
             return "\n".join(f"- {_escaped(item)}" for item in items)
         case Table(head, rows, _, kind):
             sides = ["---"] + ["---" if kind == "long" else "---:"] * (len(head) - 1)
-            cells = [[*map(_escaped, head)], sides, *([*map(_escaped, row)] for row in rows)]
+            cells = [[*map(_cell, head)], sides, *([*map(_cell, row)] for row in rows)]
             return "\n".join(f"| {' | '.join(row)} |" for row in cells)
         case Figure():
             return ""
 
 
+def _cell(text: str) -> str:
+    # A | ends a table's cell in a span of code, too, unless it is escaped.
+    return _escaped(text).replace("|", "\\|") if isinstance(text, Code) else _escaped(text)
+
+
 def _escaped(text: str) -> str:
     if isinstance(text, Code):
-        # A span of code ends at its first backtick; a | would still end a table's cell.
+        # A span of code ends at its first backtick.
         return f"`{' '.join(text.split()).replace('`', chr(39))}`"
     plain = re.sub(r"([\\`*|\[\]])", r"\\\1", " ".join(text.split())).replace("<", "&lt;").replace(">", "&gt;")
     # Underscores inside a word, as in table_lr, mean nothing in Markdown.

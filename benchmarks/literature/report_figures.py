@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from m5.metrics import SMALL_SLICE
+from m5.metrics import SMALL_USERS, small
 from m5.report_slices import in_order
 
 MEASURE = "ndcg@10"  # that systems are ordered and compared by
@@ -22,6 +22,7 @@ OTHERS = (
     ("debiased HR@10", "overall", "debiased_hr@10"),
     ("HR@50, cold titles", "cold", "hr@50"),
 )
+OVERRUN = 105  # percent of the time allowed, beyond which a system is named
 COSTS = (
     ("seconds of a training", "train_seconds"),
     ("peak memory, MB", "peak_memory_mb"),
@@ -78,13 +79,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """A system beside M5 in one slice, on NDCG@10; `better` is "m5", the system, or None where it is not clear."""
+    """A system beside M5 in one slice, on NDCG@10; `better` is "m5", the system, or None where it is not clear.
+
+    `low` and `high` are None where there is a single viewer.
+    """
 
     row: Row
     part: str
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     better: str | None
 
     @property
@@ -93,7 +97,7 @@ class Cell:
 
     @property
     def ahead(self) -> bool:
-        """Whether the system has the higher mean and the interval holds 0."""
+        """Whether the system has the higher mean, but not clearly."""
         return self.difference < 0 and self.better is None
 
 
@@ -131,11 +135,17 @@ class Comparison:
         setup = self.report["setup"]
         return float(setup["seconds"]) * 2 / 3 / setup["seeds"]
 
+    @property
+    def trial_seconds(self) -> float:
+        """Allowed for one try of settings."""
+        setup = self.report["setup"]
+        return float(setup["seconds"]) / 3 / setup["trials"]
+
     def requests(self, part: str) -> int:
         return self.rows[0].requests(part) if self.rows else 0
 
     def small(self, part: str) -> bool:
-        return self.requests(part) < SMALL_SLICE
+        return small(self.requests(part), self.report.get("viewers", {}).get(part, SMALL_USERS))
 
     def cell(self, row: Row, part: str = "overall") -> Cell | None:
         """None for M5 itself, and where nothing was compared."""
@@ -179,6 +189,8 @@ def signed(value: float) -> str:
 
 
 def interval(cell: Cell) -> str:
+    if cell.low is None or cell.high is None:
+        return "one viewer, no interval"
     return f"{signed(cell.low)} to {signed(cell.high)}"
 
 
@@ -207,7 +219,9 @@ def verdict(comparison: Comparison) -> str:
     cell = comparison.cell(other)
     if cell is None:
         return f"{start}.{place}"
-    clear_text = "clear" if cell.better is not None else "not clear, it holds 0"
+    holds = cell.low is not None and cell.high is not None and cell.low <= 0 <= cell.high
+    unclear = "not clear, it holds 0" if holds else "not clear, too few viewers"
+    clear_text = "clear" if cell.better is not None else unclear
     return f"{start} (95% interval of M5 less {other.label}: {interval(cell)}; {clear_text}).{place}"
 
 
@@ -242,6 +256,17 @@ def why_not_first(comparison: Comparison) -> list[str]:
 def time_used(comparison: Comparison, row: Row) -> float:
     """Seconds of a training over those allowed; near 1 or above, the clock ended it and it may be undertrained."""
     return row.cost("train_seconds") / comparison.allowed_seconds
+
+
+def overran(comparison: Comparison) -> list[str]:
+    """Systems with a training, or a try of settings, of which the page prints more than OVERRUN percent."""
+    said = []
+    for row in comparison.rows:
+        tried = max((trial["seconds"] / comparison.trial_seconds for trial in row.record["tuning"]), default=0.0)
+        parts = (("", time_used(comparison, row)), (" in tuning", tried))
+        over = [f"{100 * share:.0f}%{where}" for where, share in parts if round(100 * share) > OVERRUN]
+        said += [f"{row.label} {' and '.join(over)}"] if over else []
+    return said
 
 
 def reason_of(record: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from benchmarks.literature.network import Network, train_network
 from benchmarks.literature.rating_data import Ratings, World
 from benchmarks.literature.rating_network import RatingNetwork, RatingSystem, train_ratings
 from benchmarks.literature.system import Settings, System
+from m5.eligibility import Eligibility
 
 SOURCE = (
     "Siet, Peng, Ilkhomjon, Kang and Park, Enhancing sequence movie recommendation system using deep learning and "
@@ -131,11 +132,11 @@ class Siet(Network):
         return torch.sparse_coo_tensor(torch.stack([place_N, place_N]), one_N, shape, check_invariants=False).coalesce()
 
     def loss(self, batch: Sequences) -> Tensor:
-        valid_BL = batch.valid_BL
-        u_PD, target_P = self.hidden(batch)[valid_BL], batch.next_BL[valid_BL]
+        asked_BL = batch.asked_BL
+        u_PD, target_P = self.hidden(batch)[asked_BL], batch.next_BL[asked_BL]
         if self.kind == "rating":
             value_P = self.head.pairs(u_PD, self.encoder.title(target_P), target_P) + self.mean
-            return functional.mse_loss(value_P, batch.next_value_BL[valid_BL])
+            return functional.mse_loss(value_P, batch.next_value_BL[asked_BL])
         chosen_P = torch.randperm(len(u_PD))[: self.positions]
         u_PD, target_P = u_PD[chosen_P], target_P[chosen_P]
         # Each as likely as any other: the correction by log Q is the same for all, and left out.
@@ -162,18 +163,40 @@ def genre_clusters(data: Data, count: int, seed: int) -> Tensor:
     return torch.from_numpy(means.labels_.astype(np.int64))
 
 
-def mixed(score_BN: Tensor, cluster_N: Tensor, strength: float) -> Tensor:
+def listed(data: Data, event: np.ndarray) -> Tensor:
+    """bool [B, N]: titles that may stand in a list at the events' requests: playable and, if rankings ask, not seen.
+
+    The event's own title is no exception, though it is ranked even where its viewer had seen it: to make one would tell
+    which title is asked for.
+    """
+    eligibility = Eligibility.from_dataset(data.dataset)
+    listed_BN = torch.ones(len(event), data.n_titles, dtype=torch.bool)
+    if eligibility is not None:
+        columns = [np.asarray(data.dataset.event_array(f"scenario_{name}")[event], np.int64) for name in data.scenarios]
+        scenario_BM = np.stack(columns or [np.zeros(len(event), np.int64)], axis=1)
+        listed_BN = eligibility.mask(torch.from_numpy(scenario_BM), torch.from_numpy(data.timestamp[event]))
+    if data.filter_seen:
+        row, title = data.dataset.watched_before(event)
+        listed_BN[torch.from_numpy(row), torch.from_numpy(title)] = False
+    return listed_BN
+
+
+def mixed(score_BN: Tensor, cluster_N: Tensor, strength: float, listed_BN: Tensor | None = None) -> Tensor:
     """[B, N] scores with the r-th best of a cluster, from 0, lowered by strength * spread * log2(1 + r).
 
-    The spread is a request's standard deviation. The order within a cluster stays; strength 0 leaves all as it is.
+    r counts the titles of the cluster that may be listed, all of them if nothing is said. The spread is a request's
+    standard deviation. The order within a cluster stays; strength 0 leaves all as it is.
     """
     if strength == 0:
         return score_BN
     lowered_BN = score_BN.clone()
+    counted_BN = torch.ones_like(score_BN, dtype=torch.bool) if listed_BN is None else listed_BN
     spread_B1 = score_BN.std(dim=1, keepdim=True)
     for cluster in cluster_N.unique().tolist():
         member_X = torch.nonzero(cluster_N == cluster).squeeze(-1)
-        rank_BX = score_BN[:, member_X].argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        order_BX = score_BN[:, member_X].argsort(dim=1, descending=True, stable=True)
+        counts_BX = counted_BN[:, member_X].gather(1, order_BX).long()
+        rank_BX = torch.empty_like(order_BX).scatter_(1, order_BX, counts_BX.cumsum(1) - counts_BX)
         lowered_BN[:, member_X] -= strength * spread_B1 * torch.log2(1.0 + rank_BX)
     return lowered_BN
 
@@ -194,7 +217,8 @@ class SietScorer:
             self.network.queries(self.data.sequences(event_index[first : first + 256]))
             for first in range(0, len(event_index), 256)
         ]
-        return mixed(torch.cat(parts), self.cluster_N, self.strength)
+        listed_BN = listed(self.data, event_index) if self.strength else None
+        return mixed(torch.cat(parts), self.cluster_N, self.strength, listed_BN)
 
 
 def fit(data: Data, settings: Settings, seed: int, seconds: float) -> SietScorer:

@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.decomposition import TruncatedSVD
 
 from benchmarks.literature.data import Data
-from benchmarks.literature.system import Settings, System
+from benchmarks.literature.system import CannotFeed, Settings, System
 
 
 class PureSVD:
@@ -25,6 +25,8 @@ class PureSVD:
 
 
 def fit(data: Data, settings: Settings, seed: int, seconds: float) -> PureSVD:
+    if min(data.n_users, data.n_titles) < 2:
+        raise CannotFeed("singular vectors need at least two viewers and two titles")
     return PureSVD(data, settings["rank"], seed)
 
 

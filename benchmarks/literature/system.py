@@ -8,10 +8,18 @@ from typing import Any
 
 from benchmarks.literature.data import Data
 from m5.evaluate import Scorer
+from m5.schema import DataError
 
 Settings = Mapping[str, Any]
 # (data, settings, seed, seconds) -> a scorer of the system's name. `seconds` bounds the training, validations included.
 Fit = Callable[[Data, Settings, int, float], Scorer]
+
+
+class CannotFeed(DataError):
+    """The dataset lacks what a system reads, or is too large or small for it. Raised where a system is built.
+
+    A system whose training or ranking goes wrong raises something else: it has failed.
+    """
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,12 @@ MODULES = {
     "item-knn": "item_knn",
     "popularity": "popularity",
 }
+# What a system reads of a viewer's behaviours, where that is not the last --history of them.
+SHORT, SHORT_HISTORY = ("mind", "comirec"), 20  # at most
+READS = {
+    **dict.fromkeys(("ease", "als", "svd", "user-knn", "item-knn"), "all earlier behaviours"),
+    "popularity": "no behaviour",
+}
 
 
 def system(name: str) -> System:
@@ -40,16 +46,17 @@ def system(name: str) -> System:
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """Row names of `--systems`: `all`, or names; M5 is always among them, since all are compared with it.
+    """Row names of `--systems`: names with spaces or commas between them, or `all`, alone or beside others.
+
+    M5 is always among them, since all are compared with it.
 
     Raises:
         ConfigError: a name that is none.
     """
-    if list(names) == ["all"]:
-        return list(MODULES)
+    names = [name for words in names for name in words.replace(",", " ").split()]
     for name in names:
-        if name not in MODULES:
+        if name != "all" and name not in MODULES:
             close = difflib.get_close_matches(name, MODULES, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise ConfigError(f"--systems: there is no '{name}'.{hint} There are: all, {', '.join(MODULES)}.")
-    return [name for name in MODULES if name == "m5" or name in names]
+    return [name for name in MODULES if "all" in names or name == "m5" or name in names]
