@@ -16,16 +16,19 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.cold import small_run
 from benchmarks.harness import Promise, Report, Spread, run
 from benchmarks.options import positive
 from m5.schema import DataError
 from m5.serving.artifact import Artifact
+from m5.serving.export import Options, export
 from m5.serving.run import listen
 
 HISTORY = 50
@@ -101,10 +104,20 @@ def started(artifact: Path, index: str, threads: int) -> tuple[subprocess.Popen,
 
 
 def measure(options: argparse.Namespace) -> Report:
-    artifact = Artifact(options.artifact)
+    if options.artifact is not None:
+        return measured(options, options.artifact)
+    if not options.smoke:
+        raise DataError("--artifact is missing: what `m5 export` wrote.")
+    with tempfile.TemporaryDirectory() as folder:
+        run = small_run(Path(folder))
+        return measured(options, export(run, Path(folder) / "artifact", Options(program=False)).folder)
+
+
+def measured(options: argparse.Namespace, folder: Path) -> Report:
+    artifact = Artifact(folder)
     requests = bodies(artifact, options.k, np.random.default_rng(0))
     seconds = 0.5 if options.smoke else options.seconds
-    service, port = started(options.artifact, options.index, options.threads)
+    service, port = started(folder, options.index, options.threads)
     rows, refused = [], 0
     try:
         asyncio.run(load(port, requests, 4, seconds / 4))
@@ -139,7 +152,7 @@ def measure(options: argparse.Namespace) -> Report:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--artifact", type=Path, required=True, help="what `m5 export` wrote")
+    parser.add_argument("--artifact", type=Path, help="what `m5 export` wrote")
     parser.add_argument("--index", default="exact", help="as of `m5 serve` (default: exact)")
     parser.add_argument("--clients", type=positive, nargs="+", default=[1, 8, 32], help="at a time (default: 1 8 32)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of every measurement (default: 5)")

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from m5.cli_options import add_command, count
-from m5.schema import ALWAYS
 
 INDEX_KINDS = ("exact", "int8", "hnsw", "ivfpq")
 
@@ -62,7 +61,7 @@ def add_onboard(commands) -> None:
 def _onboard(options: argparse.Namespace) -> None:
     from data_prep.new_title import read_title, rights_rows
     from data_prep.onboard import encode_title
-    from m5.schema import PreparedDataset
+    from m5.schema import ALWAYS, PreparedDataset
     from m5.serving.artifact import Artifact
     from m5.serving.onboard import LaunchedTitle, add_titles, grants, joined_content, refuse_known, refuse_other_dataset
 

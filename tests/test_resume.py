@@ -41,7 +41,7 @@ LONG = (
     *DROPS,
     *UNEQUAL,
 )
-KILLS = 20
+KILLS = 12  # benchmarks/soak.py kills for half an hour
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +334,7 @@ def calm(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_twenty_kills_change_nothing(data: Path, calm: Path, tmp_path: Path) -> None:
+def test_many_kills_change_nothing(data: Path, calm: Path, tmp_path: Path) -> None:
     """kill -9 of a random rank at random moments; torchrun restarts; the weights are the undisturbed run's."""
     generator = np.random.default_rng(0)
     outcome = chaos.run(

@@ -60,6 +60,7 @@ def serve(
     speak()
     app = build_app(artifact, settings)
     address = f"[{host}]" if ":" in host else host
+    listener.listen()  # who reads the next line may ask at once
     url = f"http://{address}:{listener.getsockname()[1]}/"
     print(f"answering at {url}  (the API: /openapi.json; Ctrl-C ends it)", flush=True)
     config = uvicorn.Config(

@@ -121,7 +121,7 @@ class Service:
                 await app(scope, receive, watched_send)
             finally:
                 # The route's template: a path of a request would let strangers make names without end.
-                route = getattr(scope.get("route"), "path", "other")
+                route = getattr(scope.get("route"), "path", "other").replace(":path", "")
                 self.measures.requests.labels(route, str(status)).inc()
                 self.measures.seconds.labels(route).observe(time.perf_counter() - began)
 
