@@ -103,6 +103,13 @@ def started(artifact: Path, index: str, threads: int) -> tuple[subprocess.Popen,
     raise DataError(f"{artifact}: the service did not become ready within {READY_SECONDS} s.")
 
 
+def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
+    for name in ("P50, ms", "P99, ms"):
+        axes.plot([row["requests/s"].median for row in rows], [row[name].median for row in rows], "o-", label=name[:3])
+    axes.set(xlabel="requests/s", ylabel="ms", ylim=(0, None))
+    axes.legend()
+
+
 def measure(options: argparse.Namespace) -> Report:
     if options.artifact is not None:
         return measured(options, options.artifact)
@@ -148,7 +155,7 @@ def measured(options: argparse.Namespace, folder: Path) -> Report:
         "Client and service share the machine's cores. A closed loop: every client waits for its answer.",
     ]
     promises = [Promise("requests that were not answered with 200", refused, 0)]
-    return Report("The service under load", rows, notes, promises)
+    return Report("The service under load", rows, notes, promises, plot=lambda axes: draw(axes, rows))
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -131,7 +132,7 @@ class Service:
 
     def end(self) -> None:
         self.process.terminate()
-        assert self.process.wait(30) == 0
+        assert self.process.wait(30) == -signal.SIGTERM  # it ends well, then as the signal would have it
 
 
 @pytest.mark.slow
