@@ -39,7 +39,12 @@ def save_weights(run: Path, state: dict[str, Tensor], manifest: Manifest, record
     for file in temporary.iterdir():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
-    previous = run / f".{BEST}.previous"
+    put_in_place(temporary, target)
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Let a whole folder take the place of `target`, which keeps its earlier content until then."""
+    previous = target.with_name(f".{target.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
     if target.exists():
         target.rename(previous)

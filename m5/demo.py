@@ -64,7 +64,8 @@ def command() -> str:
 def recommend_on_plans(run: Path, *, k: int = 8) -> None:
     """Print what the most active test viewer gets on the first and on the last plan."""
     from m5.predict import Predictor
-    from m5.recommend import Viewer, known_viewer, print_viewer
+    from m5.recommend import known_viewer, print_viewer
+    from m5.viewer import Viewer
 
     predictor = Predictor.load(run)
     dataset: PreparedDataset = predictor.dataset

@@ -18,27 +18,7 @@ from m5.eligibility import Eligibility
 from m5.model.multi_modal_embedding import START
 from m5.predict import Predictor
 from m5.schema import DataError, PreparedDataset
-
-
-@dataclass(frozen=True)
-class Viewer:
-    """Who asks: watched titles, oldest first, with timestamps and raw intensities by kind, and the request.
-
-    Attributes:
-        title: int64 [n] title indices.
-        timestamp: int64 [n] seconds.
-        intensity: kind -> float32 [n], NaN = not given.
-        scenario, context, user: vocabulary indices by name; a missing name is the unknown value.
-        at: time of the request in seconds.
-    """
-
-    title: np.ndarray
-    timestamp: np.ndarray
-    intensity: dict[str, np.ndarray]
-    scenario: dict[str, int]
-    context: dict[str, int]
-    user: dict[str, int]
-    at: int
+from m5.viewer import Viewer
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def _take(stack: ExitStack, config: RunConfig, resume: Resume, restarted: bool, 
     out, job = Path(config.out), os.environ.get("TORCHELASTIC_RUN_ID", "")
     _refuse_foreign(out)
     out.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(_lock(out))
+    stack.enter_context(locked(out / LOCK, "training"))
     # What this very job has begun it goes on with. A job that was refused, and that torchrun starts again all the same,
     # has begun nothing.
     own = restarted and (out / JOB).is_file() and (out / JOB).read_text() == job
@@ -200,13 +200,19 @@ def _refuse_foreign(out: Path) -> None:
 
 
 @contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """One training at a time in a folder; the system gives the lock back when its process ends, however it does."""
-    with (out / LOCK).open("w") as file:
+def locked(path: Path, work: str) -> Iterator[None]:
+    """One training, or other work, at a time in the folder of the lock file `path`.
+
+    The system gives the lock back when its process ends, however it does.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{out} is in use: another training writes to it. Choose another --out.") from None
+            raise ConfigError(f"{path.parent} is in use: another {work} writes to it. Choose another --out.") from None
         except OSError:
             pass  # a file system without locks
         yield

@@ -20,11 +20,12 @@ from benchmarks.literature import ease, job, mind
 from benchmarks.literature import m5 as own
 from benchmarks.literature.job import Setup, record_of
 from benchmarks.literature.paired import against_m5, viewers
-from benchmarks.literature.processes import Terminated, each_apart, locked, stoppable, why_it_ended
+from benchmarks.literature.processes import Terminated, each_apart, stoppable, why_it_ended
 from benchmarks.literature.system import CannotFeed, System
 from benchmarks.literature.systems import MODULES, SHORT_HISTORY, chosen
 from m5.cli import main
 from m5.config import ConfigError
+from m5.resume import LOCK, locked
 from m5.schema import TEST, TRAIN, VALID, DataError, PreparedDataset
 from tests import workers
 from tests.handmade import write_handmade
@@ -292,7 +293,7 @@ def test_what_is_in_the_way_is_told(data: Path, tmp_path: Path, here: list[list[
 def test_one_comparison_at_a_time(data: Path, tmp_path: Path, here: list[list[str]]) -> None:
     out = tmp_path / "c"
     out.mkdir()
-    with locked(out), pytest.raises(ConfigError, match="is in use: another comparison"):
+    with locked(out / LOCK, "comparison"), pytest.raises(ConfigError, match="is in use: another comparison"):
         compare(data, out, "ease")
     assert here == []
     assert compare(data, out, "ease") == 0

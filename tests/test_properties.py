@@ -16,7 +16,8 @@ from torch import Tensor
 from m5.assemble import build_model
 from m5.data.sequences import BatchBuilder, Windows
 from m5.predict import Predictor
-from m5.recommend import Viewer, ad_hoc_viewer, known_viewer, latest_time, recommend_titles
+from m5.recommend import ad_hoc_viewer, known_viewer, latest_time, recommend_titles
+from m5.viewer import Viewer
 from tests.world import REGIONAL, tiny_config, write_world
 
 TITLES, USERS, REGIONS = 30, 12, 3

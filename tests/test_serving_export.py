@@ -13,13 +13,13 @@ import torch
 
 from m5.cli import main
 from m5.predict import Predictor
-from m5.recommend import Viewer as RunViewer
 from m5.recommend import recommend_titles
 from m5.schema import DataError
 from m5.serving.artifact import MANIFEST, MANIFEST_DIGEST, Artifact
 from m5.serving.export import Options, export
 from m5.serving.retriever import Ask, Retriever
-from m5.serving.viewer import Viewer, ViewerEncoder
+from m5.serving.viewer import ViewerEncoder
+from m5.viewer import Viewer
 from tests.serving import write_artifact, write_run
 
 PICKLE_HEADS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -66,10 +66,6 @@ def random_viewers(predictor: Predictor, count: int) -> list[Viewer]:
     return viewers
 
 
-def as_run_sees(viewer: Viewer, predictor: Predictor) -> RunViewer:
-    return RunViewer(**vars(viewer))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_exported_equals_eager(tmp_path: Path, kind: str) -> None:
     artifact = write_artifact(tmp_path, *KINDS[kind])
@@ -94,7 +90,7 @@ def eager_batch(predictor: Predictor, viewer: Viewer):
     from m5.recommend import _behaviours
 
     request = predictor.builder.ad_hoc_request(viewer.at, viewer.scenario, viewer.context, viewer.user)
-    behaviours, position = _behaviours(predictor, as_run_sees(viewer, predictor))
+    behaviours, position = _behaviours(predictor, viewer)
     return predictor.builder.assemble(behaviours, request._replace(position=position), None)
 
 
@@ -102,7 +98,7 @@ def test_an_artifact_recommends_what_the_run_recommends(folder: Path) -> None:
     predictor, retriever = Predictor.load(folder / "run"), Retriever(Artifact(folder / "artifact"))
     asked = 0
     for viewer in random_viewers(predictor, 60):
-        expected = recommend_titles(predictor, as_run_sees(viewer, predictor), k=10)
+        expected = recommend_titles(predictor, viewer, k=10)
         (answer,) = retriever.recommend([Ask(viewer, 10)])
         assert [retriever.title_ids[title] for title in answer.title] == [item.title_id for item in expected]
         np.testing.assert_allclose(answer.score, [item.score for item in expected], atol=1e-5)

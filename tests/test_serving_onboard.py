@@ -16,7 +16,7 @@ from m5.serving.export import Options, export
 from m5.serving.onboard import LaunchedTitle, add_titles, refuse_other_dataset
 from m5.serving.retriever import Ask, Retriever
 from m5.serving.rights import Grant
-from m5.serving.viewer import Viewer
+from m5.viewer import Viewer
 from tests.serving import write_run
 from tests.world import write_world
 

@@ -37,7 +37,7 @@ from m5.serving.reload import Current
 from m5.serving.retriever import Answer, Ask, Retriever
 from m5.serving.run import listen, read_keys
 from m5.serving.service import Settings, build_app
-from m5.serving.viewer import Viewer
+from m5.viewer import Viewer
 from tests.serving import write_artifact
 
 NOW = 400 * 86_400 // 4

@@ -25,10 +25,11 @@ from benchmarks.harness import machine
 from benchmarks.literature import job
 from benchmarks.literature.job import Setup
 from benchmarks.literature.paired import REQUESTS, against_m5, refuse_other_requests, viewers
-from benchmarks.literature.processes import each_apart, locked, stoppable, why_it_ended
+from benchmarks.literature.processes import each_apart, stoppable, why_it_ended
 from benchmarks.literature.systems import MODULES, chosen
 from m5.best import content_digest
 from m5.config import ConfigError, RunConfig, load_config
+from m5.resume import LOCK, locked
 from m5.schema import ContentKind, DataError, PreparedDataset
 
 KINDS: tuple[ContentKind, ...] = ("text", "image", "graph")
@@ -90,7 +91,7 @@ def compare(
     folder = out / "systems"
     folder.mkdir(parents=True, exist_ok=True)
     message = f"Stopped. Finished systems are in {folder}: the same command goes on."
-    with locked(out), stoppable(message):
+    with locked(out / LOCK, "comparison"), stoppable(message):
         records = _kept(folder, setup)
         measured = [name for name, record in records.items() if "seeds" in record]
         if not measured:

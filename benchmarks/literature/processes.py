@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -16,15 +15,11 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 
-from m5.config import ConfigError
-
-LOCK = ".lock"
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 STOPS = {signal.SIGINT, signal.SIGTERM}
 
@@ -33,23 +28,6 @@ class Terminated(Exception):
     """SIGTERM has asked for the end; the command line exits with 128 + `signal`."""
 
     signal = int(signal.SIGTERM)
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold OUT for this process; the system gives the lock back when it ends, however it does.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    with (out / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{out} is in use: another comparison writes to it. Choose another --out.") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
 
 
 @contextmanager

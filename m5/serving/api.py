@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from m5.serving.retriever import Answer, Ask, Carrier, Retriever
-from m5.serving.viewer import Viewer
+from m5.viewer import Viewer
 
 MAX_HISTORY, MAX_EXCLUDED, MAX_K, MAX_BATCH, MAX_VALUES = 2_000, 10_000, 1_000, 256, 64
 LATEST_SECONDS = 2**40  # some 35,000 years: every sum of two times still fits

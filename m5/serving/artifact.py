@@ -23,7 +23,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -111,16 +110,6 @@ def seal(folder: Path, manifest: ArtifactManifest) -> ArtifactManifest:
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
     return sealed
-
-
-def put_in_place(temporary: Path, target: Path) -> None:
-    """Let a sealed folder take the place of `target`, which keeps its earlier content until then."""
-    previous = target.with_name(f".{target.name}.previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    if target.exists():
-        target.rename(previous)
-    temporary.rename(target)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 def refuse_foreign(target: Path) -> None:

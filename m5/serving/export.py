@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from m5.assemble import table_sizes
-from m5.best import read_record
+from m5.best import put_in_place, read_record
 from m5.eligibility import Eligibility
 from m5.model.m5 import M5
 from m5.model.multi_modal_embedding import UNKNOWN
@@ -100,7 +100,7 @@ def export(run: Path, out: Path, options: Options = Options()) -> Artifact:
             torch.export.save(program, temporary / files.PROGRAM)
         (temporary / files.CARD).write_text(model_card(manifest))
         files.seal(temporary, manifest)
-        files.put_in_place(temporary, out)
+        put_in_place(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Artifact(out)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from m5.best import content_digest
+from m5.best import content_digest, put_in_place
 from m5.model.multi_modal_embedding import UNKNOWN
 from m5.schema import ALWAYS, ContentKind, DataError, Manifest, PreparedDataset
 from m5.serving import artifact as files
@@ -129,7 +129,7 @@ def add_titles(folder: Path, launched: Sequence[LaunchedTitle]) -> Artifact:
         _extend_posters(artifact, launched, temporary)
         (temporary / files.CARD).write_text(model_card(manifest))
         files.seal(temporary, manifest)
-        files.put_in_place(temporary, folder)
+        put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Artifact(folder)

@@ -14,7 +14,7 @@ from m5.schema import DataError
 from m5.serving.artifact import MANIFEST_DIGEST, Artifact
 from m5.serving.index import IndexKind
 from m5.serving.retriever import Ask, Retriever
-from m5.serving.viewer import Viewer
+from m5.viewer import Viewer
 
 log = logging.getLogger("m5.serve")
 

@@ -15,7 +15,8 @@ from torch.nn import functional
 from m5.serving.artifact import PROGRAM, Artifact
 from m5.serving.index import Index, IndexKind, build_index, restored_index
 from m5.serving.tower import compiled as compile_tower
-from m5.serving.viewer import Viewer, ViewerEncoder
+from m5.serving.viewer import ViewerEncoder
+from m5.viewer import Viewer
 
 log = logging.getLogger("m5.serve")
 SEQUENCES = 64  # in one pass of the tower; on a CPU its caches hold no more
