@@ -54,8 +54,17 @@ class ComiRec(Network):
 def fit(data: Data, settings: Settings, seed: int, seconds: float) -> NetworkScorer:
     torch.manual_seed(seed)
     network = ComiRec(data, width=64, interests=settings["interests"], negatives=512, contrast=settings["contrast"])
+    # Without the warm-up four of ten trainings at the larger rate never recovered from their first steps.
     return train_network(
-        "comirec", network, data, seed=seed, seconds=seconds, lr=settings["lr"], weight_decay=0.01, batch_size=128
+        "comirec",
+        network,
+        data,
+        seed=seed,
+        seconds=seconds,
+        lr=settings["lr"],
+        weight_decay=0.01,
+        batch_size=128,
+        warmup_steps=200,
     )
 
 

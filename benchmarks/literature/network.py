@@ -190,6 +190,7 @@ def train_network(
     lr: float = 1e-3,
     batch_size: int = 128,
     weight_decay: float = 0.0,
+    warmup_steps: int = 0,
 ) -> NetworkScorer:
     """Train with AdamW until the clock, or validation, ends it; the weights that did best on validation stay.
 
@@ -200,13 +201,14 @@ def train_network(
         seed: of the order and of all draws.
         seconds: of wall-clock time, validations included. The learning rate falls linearly with the clock.
         lr, batch_size, weight_decay: of AdamW; a batch has that many sequences.
+        warmup_steps: over which the learning rate rises linearly.
     """
     began = time.monotonic()
     generator = np.random.default_rng(seed)
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay)
     best, best_value, stale, due = copy.deepcopy(network.state_dict()), -1.0, 0, seconds / VALIDATIONS
-    for event in _shuffled(network, data, batch_size, generator):
+    for step, event in enumerate(_shuffled(network, data, batch_size, generator), start=1):
         elapsed = time.monotonic() - began
         if elapsed >= due:
             value = validate(NetworkScorer(name, network, data), data)
@@ -217,7 +219,7 @@ def train_network(
             if stale >= PATIENCE or elapsed >= seconds:
                 break
         network.train()
-        optimizer.param_groups[0]["lr"] = lr * max(0.02, 1 - elapsed / seconds)
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, step / max(1, warmup_steps)) * max(0.02, 1 - elapsed / seconds)
         loss = network.loss(data.sequences(event, network.history))
         optimizer.zero_grad()
         loss.backward()
