@@ -91,7 +91,8 @@ SYSTEM = System(
         {"model.blocks": 1, "optimizer.lr": 0.005, "optimizer.table_lr": 0.05, "optimizer.warmup_steps": 20},
         {
             "model.blocks": 1,
-            "optimizer.lr": 0.003,
+            "sequences.sequences": 48,
+            "optimizer.lr": 0.004,
             "optimizer.table_lr": 0.5,
             "optimizer.warmup_steps": 20,
             "model.dropout": 0,
