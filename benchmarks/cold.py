@@ -5,6 +5,12 @@ to `m5 onboard`'s encoder, which knows nothing else of it. The requests are the 
 candidates are all titles that the viewer may play and has not watched, as in `m5 evaluate`.
 
     m5 bench cold --run RUN
+
+Where the newest titles were held out, settings are chosen on the older ones of them, and measured on the others once:
+
+    m5 prepare movielens ... --hold-out-newest 0.1 --out DATA
+    m5 bench cold --run RUN --skip-newest 0.05
+    m5 bench cold --run RUN --newest 0.05
 """
 
 from __future__ import annotations
@@ -19,12 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import torch
 
 from benchmarks.harness import Promise, Report, run
 from data_prep.new_title import check_title
 from data_prep.onboard import Onboarding
+from data_prep.sources.held_out import HELD_OUT
 from m5.baselines import Interactions, Popularity
 from m5.config import ConfigError
 from m5.eligibility import Eligibility
@@ -66,18 +74,25 @@ class Onboarded:
         dataset: prepared dataset.
         rows: int64 [n], titles of it.
         kinds: side by side, as a model reads them.
-        image_weights: as in `Onboarding`.
+        text, image_weights: as in `Onboarding`.
 
     Attributes:
         vectors: float32 [n, G].
-        seconds: of all of them, models loaded before; and of one alone, the median of some.
+        one: seconds for one title alone, models loaded before: the median of some.
+        warnings: of all titles.
     """
 
     def __init__(
-        self, dataset: PreparedDataset, rows: np.ndarray, kinds: tuple[ContentKind, ...], image_weights: str | None
+        self,
+        dataset: PreparedDataset,
+        rows: np.ndarray,
+        kinds: tuple[ContentKind, ...],
+        *,
+        text: str | None,
+        image_weights: str | None,
     ):
         self.warnings: list[str] = []
-        onboarding = Onboarding(dataset.folder, image_weights=image_weights, warn=self.warnings.append)
+        onboarding = Onboarding(dataset.folder, text=text, image_weights=image_weights, warn=self.warnings.append)
         records, posters = described(dataset, rows)
         titles = [check_title(record, dataset.manifest) for record in records]
         alone = []
@@ -120,18 +135,46 @@ def with_content(predictor: Predictor, content_NG: np.ndarray, name: str) -> Pre
     return changed
 
 
-def cold_requests(dataset: PreparedDataset, eligibility: Eligibility | None) -> Requests:
-    """The test requests that a cold title answers.
+def held_out(dataset: PreparedDataset, skip: float | None, most: float | None) -> np.ndarray | None:
+    """Titles held out by age, as `data_prep.sources.held_out` has left them.
+
+    Args:
+        skip, most: at least `skip` and less than `most` of the watched titles are newer; None: no such bound.
+
+    Returns:
+        bool [N], or None without bounds.
+
+    Raises:
+        DataError: no titles were held out.
+    """
+    if skip is None and most is None:
+        return None
+    path = dataset.folder.with_name(f"{dataset.folder.name}-raw") / HELD_OUT
+    if not path.is_file():
+        raise DataError(
+            f"{path} is missing, which tells the age of held-out titles for --newest and --skip-newest. "
+            "`m5 prepare movielens ... --hold-out-newest 0.1` leaves it beside the dataset."
+        )
+    newer = pd.read_parquet(path).set_index("title_id")["newer"]
+    newer_N = dataset.titles["title_id"].map(newer).to_numpy(np.float64)  # NaN for titles that were not held out
+    return (newer_N >= (skip or 0)) & (newer_N < (np.inf if most is None else most))
+
+
+def cold_requests(
+    dataset: PreparedDataset, eligibility: Eligibility | None, among_N: np.ndarray | None = None
+) -> Requests:
+    """The test requests that a cold title answers; with bool [N], one of those.
 
     Raises:
         DataError: there are none.
     """
     found = select_requests(dataset, "test", eligibility=eligibility)
-    keep = dataset.titles["cold"].to_numpy(bool)[found.target]
+    cold_N = dataset.titles["cold"].to_numpy(bool)
+    keep = (cold_N if among_N is None else cold_N & among_N)[found.target]
     if not keep.any():
         raise DataError(
-            f"{dataset.folder}: no test event is of a title without training events, so nothing can be asked. Split by "
-            "time, or hold titles out: `m5 prepare movielens ... --hold-out-newest 0.05`."
+            f"{dataset.folder}: no test event is of such a title without training events, so nothing can be asked. "
+            "Split by time, or hold titles out: `m5 prepare movielens ... --hold-out-newest 0.05`."
         )
     of_each = {name: getattr(found, name)[keep] for name in ("event", "user", "target", "timestamp", "scenario")}
     return replace(found, **of_each)
@@ -175,21 +218,21 @@ def row(
 def measure(options: argparse.Namespace) -> Report:
     if options.smoke and options.run is None:
         with tempfile.TemporaryDirectory() as folder:
-            return measured(small_run(Path(folder)), None)
+            return measured(small_run(Path(folder)), options)
     if options.run is None:
         raise ConfigError("--run RUN is needed: which trained run to measure.")
-    return measured(options.run, options.image_weights)
+    return measured(options.run, options)
 
 
-def measured(folder: Path, image_weights: str | None) -> Report:
+def measured(folder: Path, options: argparse.Namespace) -> Report:
     predictor = Predictor.load(folder)
     dataset, kinds = predictor.dataset, predictor.config.model.content
     if not kinds:
         raise ConfigError(f"{folder} has no content branch (model.content=[]), so a new title cannot have a vector.")
     eligibility = Eligibility.from_dataset(dataset)
-    requests = cold_requests(dataset, eligibility)
+    requests = cold_requests(dataset, eligibility, held_out(dataset, options.skip_newest, options.newest))
     cold = np.flatnonzero(dataset.titles["cold"].to_numpy(bool))
-    new = Onboarded(dataset, cold, kinds, image_weights)
+    new = Onboarded(dataset, cold, kinds, text=options.text, image_weights=options.image_weights)
     prepared_NG = np.concatenate([array for kind in kinds if (array := dataset.content(kind)) is not None], axis=1)
     content_NG = prepared_NG.copy()
     content_NG[cold] = new.vectors
@@ -210,7 +253,7 @@ def measured(folder: Path, image_weights: str | None) -> Report:
     return Report(
         title=f"Cold titles of {dataset.manifest.name}: {len(requests.event):,} requests, all titles as candidates",
         rows=[row(name, values, among_cold[name], guess, requests.user) for name, values in found.items()],
-        notes=notes(predictor, folder, requests, new, prepared_NG[cold]),
+        notes=notes(predictor, requests, new, prepared_NG[cold]),
         promises=[Promise(f"HR@50 of '{ONBOARDED}' over random", ratio, PROMISED, at_least=True)],
         plot=lambda axes: draw(axes, found),
         spread_over="one evaluation; intervals are over viewers, by bootstrap",
@@ -218,7 +261,7 @@ def measured(folder: Path, image_weights: str | None) -> Report:
     )
 
 
-def notes(predictor: Predictor, folder: Path, requests: Requests, new: Onboarded, prepared_CG: np.ndarray) -> list[str]:
+def notes(predictor: Predictor, requests: Requests, new: Onboarded, prepared_CG: np.ndarray) -> list[str]:
     dataset, model = predictor.dataset, predictor.config.model
     asked, viewers = len(np.unique(requests.target)), len(np.unique(requests.user))
     cosine = (new.vectors * prepared_CG).sum(1) / np.maximum(
@@ -236,7 +279,7 @@ def notes(predictor: Predictor, folder: Path, requests: Requests, new: Onboarded
         "in the training period. Content kNN is the cosine to the mean vector of everything watched before, on the "
         "same vectors as the first row. 'Among cold' has titles without training events alone as candidates: the order "
         "of new titles, apart from how they stand against all others.",
-        f"Run: {folder.name}, preset {predictor.config.preset}; model.id_dropout {model.id_dropout:g}, the share of "
+        f"The run: preset {predictor.config.preset}, model.id_dropout {model.id_dropout:g}, the share of "
         "titles that a training step knows by content alone: that is how a run learns to place titles without an ID. "
         f"Dataset: {dataset.manifest.name}, content hash {dataset.manifest.content_hash[:12]}.",
     ]
@@ -281,7 +324,10 @@ def small_run(folder: Path) -> Path:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, help="folder of `m5 train`")
+    parser.add_argument("--text", help="the text encoder's folder, where the one of the dataset has moved")
     parser.add_argument("--image-weights", help="the file, where artwork was encoded with weights from a file")
+    for option, which in (("--newest", "newest"), ("--skip-newest", "older")):
+        parser.add_argument(option, type=float, metavar="SHARE", help=f"ask for the {which} held-out titles alone")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,10 +31,9 @@ def without(dataset: PreparedDataset, name: str, value: str, out: Path) -> Prepa
         DataError: no split is left, or a scenario or value that the dataset does not have.
     """
     manifest = dataset.manifest
-    names = [vocabulary.name for vocabulary in manifest.scenarios]
-    if name not in names or value not in manifest.scenarios[names.index(name)].values:
+    if name not in [one.name for one in manifest.scenarios] or value not in manifest.scenario(name).values:
         raise DataError(f"{dataset.folder} has no {name}={value}.")
-    vocabulary = manifest.scenarios[names.index(name)]
+    vocabulary = manifest.scenario(name)
     index, keep = vocabulary.index(value), ~in_scenario(dataset, name, value)
     split = np.asarray(dataset.event_array("split"))[keep]
     counts = {part: int((split == code).sum()) for part, code in SPLITS.items()}

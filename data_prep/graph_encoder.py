@@ -2,9 +2,12 @@
 
 GraphSAGE is inductive: a new title hears the values of its metadata, and no value hears it, as with any title that has
 no event of the training period. So its vector is what a preparation with it in the catalogue would have given it, but
-for rounding. Needed are content/graph.safetensors (components of the features and weights), the trained values' names
-in metagraph.npz, and the features and metadata of the titles of the training period (content/graph.npy, whose first
-half the features are, and titles.parquet).
+for rounding, as long as the graph has the kinds of its metadata. A kind of which no value was shared has no relation:
+its values say nothing here, while a preparation with a title that shares one would begin the relation.
+
+Needed are content/graph.safetensors (components of the features and weights), the trained values' names in
+metagraph.npz, and the features and metadata of the titles of the training period (content/graph.npy, whose first half
+the features are, and titles.parquet).
 """
 
 from __future__ import annotations
@@ -65,6 +68,11 @@ class GraphEncoder:
         model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
         return cls(dataset, feature_map, relations, model.eval())
 
+    @property
+    def kinds(self) -> set[str]:
+        """Metadata kinds that the graph has."""
+        return {relation.kind for relation in self.relations}
+
     @cached_property
     def _features(self) -> np.ndarray:
         """float32 [N, F] of the catalogue: the first half of graph.npy, whose halves are unit rows."""
@@ -112,7 +120,7 @@ class GraphEncoder:
 
         Returns:
             float32 [n, G] unit rows, and for each title the values by kind that say nothing, because no title of the
-            training period has them.
+            training period has them, or because the graph has nothing of that kind (`kinds`).
         """
         n = len(metadata)
         features = self.feature_map.apply(vectors, n)
@@ -126,7 +134,6 @@ class GraphEncoder:
                 for row, values in enumerate(strange):
                     unknown[row] |= {relation.kind: values} if values else {}
             halves.append(self.model.new_titles(torch.from_numpy(features), heard).numpy())
-        used = {relation.kind for relation in self.relations}
         for row, titles in enumerate(metadata):
-            unknown[row] |= {kind: list(values) for kind, values in titles.items() if kind not in used and values}
+            unknown[row] |= {kind: list(values) for kind, values in titles.items() if kind not in self.kinds and values}
         return unit_rows(np.concatenate(halves, axis=1)), unknown

@@ -2,7 +2,8 @@
 
 Text and artwork go through the encoders that the manifest records, with the same weights and the statistics that the
 dataset's own titles were brought into shape with; metadata joins the new node to the graph's values. What comes out is
-what `m5 prepare` would have written for the title, were it in the catalogue without an event.
+what `m5 prepare` would have written for the title, were it in the catalogue without an event (but see
+`data_prep.graph_encoder`).
 """
 
 from __future__ import annotations
@@ -87,6 +88,12 @@ class Onboarding:
     def _warn_of(self, title: NewTitle, unknown: Mapping[str, Sequence[str]]) -> None:
         for kind, values in unknown.items():
             shown = ", ".join(values[:5]) + (", ..." if len(values) > 5 else "")
+            if kind not in self.graph.kinds:
+                self.warn(
+                    f"{title.title_id}: metadata.{kind} is ignored ({shown}): no title of the training period shares a "
+                    "value of this kind with another title, so the content graph does without it."
+                )
+                continue
             self.warn(
                 f"{title.title_id}: metadata.{kind}: {len(values)} of {len(title.metadata[kind])} values are not known "
                 f"from the training period and are ignored: {shown}."

@@ -58,8 +58,9 @@ def refuse_foreign_folder(out: Path) -> None:
 
 @contextmanager
 def temporary_sibling(out: Path, stage: str) -> Iterator[Path]:
-    """A fresh folder `.<out>.<stage>` beside `out`, removed at the end whatever happens."""
-    folder = out.parent / f".{out.name}.{stage}"
+    """A fresh folder `.<out>.<stage>` beside what `out` is, or is a link to; removed at the end whatever happens."""
+    place = out.resolve()
+    folder = place.with_name(f".{place.name}.{stage}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -90,6 +91,7 @@ def keep_content(out: Path, fresh: Path, manifest: Manifest) -> Manifest:
 
 def replace_folder(fresh: Path, out: Path) -> None:
     """Move `fresh` to `out`; what was there before goes only once the new one is in place."""
+    out = out.resolve()  # a link stays one
     old = out.parent / f".{out.name}.replaced"
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():

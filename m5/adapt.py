@@ -22,6 +22,7 @@ everybody's: their content carries them until the next training.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -41,11 +42,12 @@ from m5.evaluate import in_scenario, select_requests
 from m5.parallel import World
 from m5.progress import TrainingLog
 from m5.resume import Position, Resume
-from m5.schema import TRAIN, DataError, PreparedDataset, Vocabulary
+from m5.schema import TRAIN, DataError, PreparedDataset
 from m5.train import Beat, Trainer, train, training_model
 from m5.zero_shot import blend_weights, nearness, with_row
 
-# What differs from the run's settings: few rows, few requests, weights that are good to begin with.
+# What differs from the run's settings: few rows, few requests, weights that are good to begin with. None of the numbers
+# was tuned; validation keeps the blend where they do harm.
 SETTINGS: dict[str, Any] = {
     "optimizer.lr": 0.002,
     "optimizer.warmup_steps": 10,
@@ -54,6 +56,7 @@ SETTINGS: dict[str, Any] = {
     "training.max_minutes": None,
     "training.evaluate_every": 1,
     "training.patience": 3,
+    "training.compile": False,  # one process, few steps: `Adapter` builds the model as it is
 }
 # What an override may change, by section. The model's form is the run's, and no table is sharded here.
 MAY_CHANGE = {
@@ -111,6 +114,12 @@ def adapt(
         raise ConfigError(f"--out {out} is the run itself, which stays as it is; choose another folder.")
     config = settings(Path(run), Path(data), Path(out), overrides, value=scenario[1])
     start = starting_point(Path(run), *scenario, PreparedDataset(data))
+    if lost := start.origin["adapted"]["ids_lost"]:
+        print(
+            f"m5: {lost:,} titles that {run} knows by their watches have none in the training period of {data}, so "
+            "their ID embedding is not used: content alone carries them. Prepare tables that hold the earlier events.",
+            file=sys.stderr,
+        )
     return train(config, resume, partial(Adapter, start=start))
 
 
@@ -149,7 +158,7 @@ def starting_point(run: Path, name: str, value: str, target: PreparedDataset) ->
     weights = load_weights(run, source.manifest)
     refuse_other_content(run, source, config.model.content)
     state, fit = carry_over(weights, source, target, config)
-    vocabulary = _vocabulary(target, name)
+    vocabulary = target.manifest.scenario(name)
     others = np.array([vocabulary.index(other) for other in known], dtype=np.int64)
     near = nearness(target, name, vocabulary.index(value), others)
     weight = blend_weights(near, len(known))
@@ -162,6 +171,7 @@ def starting_point(run: Path, name: str, value: str, target: PreparedDataset) ->
             "to": {name: value},
             "blend": blend,
             "content_fit": fit,
+            "ids_lost": ids_lost(source, target),
         },
         UNTRAINED: _untrained(source, target, untrained, trained=(name, value)),
     }
@@ -177,10 +187,10 @@ def _known_values(
         raise DataError(f"{run} knows no scenario '{name}'. Its scenarios: {', '.join(names) or 'none'}.")
     if name not in [vocabulary.name for vocabulary in target.manifest.scenarios]:
         raise DataError(f"{target.folder} has no scenario '{name}'; its dataset.yaml must name that column.")
-    known = [one for one in _vocabulary(source, name).values if one not in untrained]
+    known = [one for one in source.manifest.scenario(name).values if one not in untrained]
     if value in known:
         raise DataError(f"{run} was trained with {name}={value} already: it is not new. Values: {', '.join(known)}.")
-    values = _vocabulary(target, name).values
+    values = target.manifest.scenario(name).values
     if value not in values:
         raise DataError(
             f"{target.folder} has no {name}={value} in the training period, only {', '.join(values) or 'nothing'}. "
@@ -193,8 +203,11 @@ def _known_values(
     return shared
 
 
-def _vocabulary(dataset: PreparedDataset, name: str) -> Vocabulary:
-    return next(vocabulary for vocabulary in dataset.manifest.scenarios if vocabulary.name == name)
+def ids_lost(source: PreparedDataset, target: PreparedDataset) -> int:
+    """How many titles of both datasets were watched in the training period of the first alone."""
+    watched = source.titles["title_id"][~source.titles["cold"].to_numpy(bool)]
+    idle = target.titles["title_id"][target.titles["cold"].to_numpy(bool)]
+    return len(set(watched) & set(idle))
 
 
 def _untrained(
@@ -268,7 +281,7 @@ class Adapter(Trainer):
         start, model = self.start, build_model(self.dataset, self.config)
         model.load_state_dict(start.state)
         whole = training_model(self.dataset, self.config, model, self.place.device).requires_grad_(False)
-        vocabulary = _vocabulary(self.dataset, start.name)
+        vocabulary = self.dataset.manifest.scenario(start.name)
         value, table = vocabulary.index(start.value), f"scenario_{start.name}"
         model.register_module("tables", TrainedRows(model.tables, {table: (value, 1)}))
         experts = {}

@@ -1,7 +1,7 @@
 """The best-on-validation checkpoint: weights as safetensors, and which dataset and step they belong to.
 
-RUN/best/weights.safetensors and RUN/best/checkpoint.json are written to a temporary sibling and renamed, so that a
-killed run leaves the previous checkpoint whole.
+RUN/best/weights.safetensors and RUN/best/checkpoint.json are replaced together (`m5.folders`), so that a killed run
+leaves the previous checkpoint whole.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from m5.folders import recover, replacing
 from m5.schema import ContentKind, DataError, Manifest, PreparedDataset
 
 BEST = "best"
@@ -29,27 +29,14 @@ def save_weights(run: Path, state: dict[str, Tensor], manifest: Manifest, record
         manifest: of the dataset that it was trained on.
         record: step, epoch and validation metrics, kept in checkpoint.json.
     """
-    target, temporary = run / BEST, run / f".{BEST}.writing"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({key: value.contiguous().cpu() for key, value in state.items()}, temporary / "weights.safetensors")
-    digest = hashlib.sha256((temporary / "weights.safetensors").read_bytes()).hexdigest()
-    description = {"dataset": manifest.content_hash, "weights_sha256": digest, **record}
-    (temporary / "checkpoint.json").write_text(json.dumps(description, indent=1))
-    for file in temporary.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    put_in_place(temporary, target)
-
-
-def put_in_place(temporary: Path, target: Path) -> None:
-    """Let a whole folder take the place of `target`, which keeps its earlier content until then."""
-    previous = target.with_name(f".{target.name}.previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    if target.exists():
-        target.rename(previous)
-    temporary.rename(target)
-    shutil.rmtree(previous, ignore_errors=True)
+    with replacing(run / BEST) as folder:
+        save_file({key: value.contiguous().cpu() for key, value in state.items()}, folder / "weights.safetensors")
+        digest = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+        description = {"dataset": manifest.content_hash, "weights_sha256": digest, **record}
+        (folder / "checkpoint.json").write_text(json.dumps(description, indent=1))
+        for file in folder.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
 
 
 def read_record(run: Path) -> dict:
@@ -58,9 +45,8 @@ def read_record(run: Path) -> dict:
     Raises:
         DataError: the run has no checkpoint.
     """
-    path, previous = run / BEST / "checkpoint.json", run / f".{BEST}.previous"
-    if not (run / BEST).exists() and previous.is_dir():
-        previous.rename(run / BEST)  # a process was killed between the two renames of `save_weights`
+    recover(run / BEST)
+    path = run / BEST / "checkpoint.json"
     if not path.is_file():
         raise DataError(f"{run} has no checkpoint ({path} is missing): its training has not reached a validation yet.")
     try:

@@ -234,8 +234,11 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _recommend(options: argparse.Namespace) -> None:
+    from m5.config import ConfigError
     from m5.recommend import recommend, recommend_all_users
 
+    if options.out is not None and not options.all_users:
+        raise ConfigError("--out belongs to --all-users; the list of one viewer is printed.")
     if options.all_users:
         recommend_all_users(
             options.run,

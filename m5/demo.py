@@ -21,7 +21,7 @@ def run_demo(folder: Path, *, users: int = 5000, titles: int = 1000, events: int
     """Generate, prepare, encode, train M5 and two controls, evaluate, recommend, export; all of it goes below `folder`.
 
     Args:
-        folder: e.g. runs/demo; evaluation.json is left in it.
+        folder: e.g. runs/demo; the evaluation is left in its run, m5/evaluation.json, where the artifact finds it.
         users, titles, events, seed: of the synthetic world.
     """
     from data_prep.prepare import prepare_all
@@ -47,12 +47,12 @@ def run_demo(folder: Path, *, users: int = 5000, titles: int = 1000, events: int
         stage(f"train {name}")
         train(load_config("demo", [f"name={name}", f"seed={seed}", *overrides], data, folder / name), resume="over")
     stage("evaluate on the test period, which training has not seen")
-    evaluate_run(folder / "m5", json_path=folder / "evaluation.json", rows={name: folder / name for name in CONTROLS})
+    evaluate_run(folder / "m5", rows={name: folder / name for name in CONTROLS})
     stage("recommendations for one viewer on two plans")
     recommend_on_plans(folder / "m5")
     stage("export what a service needs, with some viewers to look at")
-    export(folder / "m5", folder / "artifact", Options(viewers=VIEWERS))
-    stage(f"done; the results are in {folder / 'evaluation.json'}")
+    export(folder / "m5", folder / "artifact", Options(viewers=VIEWERS, drop_onboarded=True))
+    stage(f"done; the results are in {folder / 'm5' / 'evaluation.json'}")
     print(f"\nTo see it answer, with posters:  {command()} serve {folder / 'artifact'} --now dataset", file=sys.stderr)
 
 
@@ -69,7 +69,7 @@ def recommend_on_plans(run: Path, *, k: int = 8) -> None:
 
     predictor = Predictor.load(run)
     dataset: PreparedDataset = predictor.dataset
-    plan = next(v for v in dataset.manifest.scenarios if v.name == "plan")
+    plan = dataset.manifest.scenario("plan")
     viewer = known_viewer(dataset, dataset.users["user_id"].iloc[int(np.argmax(np.diff(dataset.offsets)))])
     for value in (plan.values[0], plan.values[-1]):
         scenario = viewer.scenario | {"plan": plan.index(value)}

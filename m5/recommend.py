@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from m5.config import RunConfig
 from m5.data.sequences import Behaviours, age_bucket
@@ -18,6 +19,7 @@ from m5.eligibility import Eligibility
 from m5.model.multi_modal_embedding import START
 from m5.predict import Predictor
 from m5.schema import DataError, PreparedDataset
+from m5.serving.top import Found, nothing_found, ranked
 from m5.viewer import Viewer
 
 
@@ -128,15 +130,16 @@ def recommend_titles(predictor: Predictor, viewer: Viewer, *, k: int, filter_see
     request = builder.ad_hoc_request(viewer.at, viewer.scenario, viewer.context, viewer.user)
     behaviours, position = _behaviours(predictor, viewer)
     batch = builder.assemble(behaviours, request._replace(position=position), None)
-    score_N = (predictor.forward(batch).query_PQ @ predictor.key_NQ.T)[0].cpu()
-    playable_N = torch.ones(len(score_N), dtype=torch.bool)
+    score_PN = (predictor.forward(batch).query_PQ @ key_columns(predictor)).cpu()
+    playable_N = torch.ones(score_PN.shape[1], dtype=torch.bool)
     eligibility = Eligibility.from_dataset(dataset, torch.device("cpu"))
     if eligibility is not None:
         playable_N = eligibility.mask(batch.rights_PM, batch.timestamp_P)[0]
     if filter_seen:
         playable_N[torch.from_numpy(viewer.title)] = False
-    score_N[~playable_N] = -torch.inf
-    best = torch.topk(score_N, min(k, int(playable_N.sum())))
+    score_PN[:, ~playable_N] = -torch.inf
+    found = best_titles(score_PN, k)
+    listed = found.title_BR[0] >= 0
     titles, categories = dataset.titles, dataset.manifest.categories
     return [
         Recommendation(
@@ -146,8 +149,39 @@ def recommend_titles(predictor: Predictor, viewer: Viewer, *, k: int, filter_see
             score=score,
             cold=bool(row.cold),
         )
-        for row, score in zip(titles.iloc[best.indices.numpy()].itertuples(), best.values.tolist(), strict=True)
+        for row, score in zip(
+            titles.iloc[found.title_BR[0, listed]].itertuples(), found.score_BR[0, listed].tolist(), strict=True
+        )
     ]
+
+
+def key_columns(predictor: Predictor) -> Tensor:
+    """float32 [Q, N], the keys as a service multiplies them: titles of equal keys get equal scores wherever they stand.
+
+    A single query against rows is a dot product a title, and which numbers are added first depends on its place.
+    """
+    return predictor.key_NQ.T.contiguous()
+
+
+def best_titles(score_BN: Tensor, k: int) -> Found:
+    """The k best titles of some scores, equal ones by index, as a service has them.
+
+    `torch.topk` leaves open which of several equal scores it takes: where it had a choice, the row is looked at again.
+
+    Args:
+        score_BN: float32 on any device; -inf is no title.
+        k: R, at least 1; may be more than there are titles.
+    """
+    found = nothing_found(len(score_BN), k)
+    value_BC, title_BC = torch.topk(score_BN, min(k, score_BN.shape[1]))
+    last_B1 = value_BC[:, -1:]
+    had_choice_B = ((score_BN >= last_B1).sum(1) > value_BC.shape[1]) & (last_B1[:, 0] > -torch.inf)
+    rows = zip(had_choice_B.tolist(), value_BC.cpu().numpy(), title_BC.cpu().numpy(), strict=True)
+    for row, (had_choice, score_C, title_C) in enumerate(rows):
+        if had_choice:
+            title_C, score_C = ranked(score_BN[row].cpu().numpy(), k)
+        found.put(row, score_C, title_C)
+    return found
 
 
 def _behaviours(predictor: Predictor, viewer: Viewer) -> tuple[Behaviours, np.ndarray]:
@@ -157,7 +191,8 @@ def _behaviours(predictor: Predictor, viewer: Viewer) -> tuple[Behaviours, np.nd
     title, timestamp = viewer.title[recent], viewer.timestamp[recent]
     following = np.append(timestamp[1:], viewer.at)
     until = following if predictor.config.model.attention == "causal" else np.full_like(timestamp, viewer.at)
-    intensity = [i.bucket(viewer.intensity[i.name][recent]) for i in builder.intensities]
+    not_given = np.full(len(viewer.title), np.nan, dtype=np.float32)
+    intensity = [i.bucket(viewer.intensity.get(i.name, not_given)[recent]) for i in builder.intensities]
     behaviours = Behaviours(
         title=np.append(builder.n_titles + START, title)[None],
         intensity=np.stack([np.append(0, values) for values in intensity] or [np.zeros(len(title) + 1, int)], -1)[None],
@@ -205,9 +240,9 @@ def recommend_all_users(
     if out is None:
         raise DataError("--all-users needs --out FOLDER, where the lists go.")
     dataset = PreparedDataset(RunConfig.read(run / "config.yaml").data)
-    rate = recommend_all(run, out, scenario=scenario_indices(dataset, scenario), k=k, filter_seen=filter_seen)
-    if rate:
-        print(f"{out}: {rate:,.0f} users/s")
+    written = recommend_all(run, out, scenario=scenario_indices(dataset, scenario), k=k, filter_seen=filter_seen)
+    if written.users:
+        print(f"{out}: {written}")
 
 
 def print_viewer(predictor: Predictor, viewer: Viewer, *, k: int, filter_seen: bool = True) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -21,6 +20,7 @@ from m5.best import BEST, content_digest
 from m5.checkpoint import Checkpoints
 from m5.checkpoint_files import checkpoints_in, newest
 from m5.config import ConfigError, RunConfig, TrainingConfig
+from m5.folders import holding
 from m5.parallel import World
 from m5.ranks import on_first
 from m5.schema import PreparedDataset
@@ -203,18 +203,10 @@ def _refuse_foreign(out: Path) -> None:
 def locked(path: Path, work: str) -> Iterator[None]:
     """One training, or other work, at a time in the folder of the lock file `path`.
 
-    The system gives the lock back when its process ends, however it does.
-
     Raises:
         ConfigError: another process holds it.
     """
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{path.parent} is in use: another {work} writes to it. Choose another --out.") from None
-        except OSError:
-            pass  # a file system without locks
+    with holding(path, f"{path.parent} is in use: another {work} writes to it. Choose another --out."):
         yield
 
 

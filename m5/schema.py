@@ -162,6 +162,14 @@ class Manifest(_Record):
         except ValueError as error:
             raise DataError(f"{path} is damaged ({str(error).splitlines()[0]}). Run `m5 prepare` again.") from None
 
+    def scenario(self, name: str) -> Vocabulary:
+        """The values of a scenario, e.g. region.
+
+        Raises:
+            KeyError: the dataset has no such scenario.
+        """
+        return {vocabulary.name: vocabulary for vocabulary in self.scenarios}[name]
+
     def write(self, folder: Path) -> None:
         (Path(folder) / MANIFEST).write_text(json.dumps(self.model_dump(), indent=1))
 

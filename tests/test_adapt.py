@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.adapt import ADAPTED, AFTER, BEFORE, BLEND, CLEAR, Asked, all_others
 from benchmarks.left_out import without
 from m5.adapt import Start, adapt, starting_point
 from m5.assemble import build_model
@@ -29,6 +30,7 @@ from m5.predict import Predictor
 from m5.recommend import known_viewer, recommend_titles
 from m5.resume import Stopped
 from m5.schema import TRAIN, VALID, DataError, PreparedDataset
+from m5.serving.export import Options, export
 from m5.train import Trainer, train
 from tests.handmade import write_handmade
 from tests.world import tiny_config, write_world
@@ -194,6 +196,45 @@ def test_a_new_run_is_an_ordinary_one(folder: Path, capsys: pytest.CaptureFixtur
     validations = [line["ndcg@10"] for line in lines if line["kind"] == "valid"]
     assert read_record(folder / "new")["valid"]["ndcg@10"] == max(validations)
     assert len(validations) == 1 + 25 / 5  # the blend, and every fifth epoch
+
+
+def test_an_artifact_tells_that_it_was_adapted(folder: Path, tmp_path: Path) -> None:
+    artifact = export(folder / "new", tmp_path / "artifact", Options(program=False))
+    adapted = read_record(folder / "new")["adapted"]
+    assert artifact.manifest.dataset["adapted"] == {key: value for key, value in adapted.items() if key != "run"}
+    assert artifact.manifest.dataset["untrained"] == {"region": ["r4"]}
+    card = (artifact.folder / "card.md").read_text()
+    for text in (
+        "Adapted to *tiny*",
+        f"`{adapted['weights_sha256']}`: region=r3 began as ",
+        "Nothing was trained for region r4: served as the unknown value.",
+        "| validation, region=r3 alone |",
+    ):
+        assert text in card
+    assert str(folder) not in card + (artifact.folder / "artifact.json").read_text()
+
+
+def test_the_config_tells_that_nothing_was_compiled(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "run", tmp_path / "run")
+    config = RunConfig.read(folder / "run" / "config.yaml").model_dump(mode="json")
+    config["training"]["compile"] = True
+    RunConfig.model_validate(config).write(tmp_path / "run" / "config.yaml")
+    adapt(tmp_path / "run", ("region", "r3"), folder / "full", tmp_path / "new", ["training.epochs=1"])
+    assert not RunConfig.read(tmp_path / "new" / "config.yaml").training.compile
+
+
+def test_id_embeddings_that_are_lost_are_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Titles 2 and 9 have lost their training events in the new dataset; the run knows both."""
+    shutil.copytree(folder / "full", tmp_path / "full")
+    titles = pd.read_parquet(tmp_path / "full" / "titles.parquet")
+    assert not PreparedDataset(folder / "old").titles["cold"].any()
+    titles["cold"] = titles["title_id"].isin(["t2", "t9"])
+    titles.to_parquet(tmp_path / "full" / "titles.parquet")
+    arguments = (folder / "run", ("region", "r3"), tmp_path / "full", tmp_path / "new", ["training.epochs=1"])
+    adapt(*arguments)
+    assert "m5: 2 titles that " in capsys.readouterr().err
+    assert read_record(tmp_path / "new")["adapted"]["ids_lost"] == 2
+    assert read_record(folder / "new")["adapted"]["ids_lost"] == 0
 
 
 def test_where_the_blend_is_best_it_is_kept(folder: Path, tmp_path: Path, start: Start) -> None:
@@ -379,6 +420,34 @@ def test_a_copy_without_a_value(folder: Path, tmp_path: Path) -> None:
     assert left["region"].tolist() == [{0: 0, 1: 1, 3: 2, 4: 3}[n % 5] for n in range(TITLES) if n % 5 != 2]
     with pytest.raises(DataError, match="has no region=XX"):
         without(full, "region", "XX", tmp_path / "nowhere")
+
+
+def test_what_all_other_regions_lose_is_measured(folder: Path, tmp_path: Path) -> None:
+    """With the same bucket boundaries and content vectors they lose nothing; with other boundaries they do lose."""
+    shutil.copytree(folder / "three", tmp_path / "three")
+    changed_manifest(tmp_path / "three", intensities=PreparedDataset(folder / "full").manifest.intensities)
+    adapt(folder / "run", ("region", "r3"), tmp_path / "three", tmp_path / "new", ["training.epochs=1"])
+    old, run = PreparedDataset(folder / "old"), Predictor.load(folder / "run", "cpu")
+
+    def asked() -> Asked:
+        adapted = Predictor.load(tmp_path / "new", "cpu")
+        return all_others(old, run, PreparedDataset(tmp_path / "three"), adapted, ("region", "r3"))
+
+    same = asked()
+    assert len(same.user) > 100
+    np.testing.assert_allclose(same.ndcg[AFTER], same.ndcg[BEFORE], atol=1e-6)
+    coarser = old.manifest.intensities[0].model_copy(update={"boundaries": (1e9, 2e9, 3e9)})
+    changed_manifest(tmp_path / "three", intensities=(coarser,))
+    assert (asked().ndcg[AFTER] != same.ndcg[AFTER]).any()
+
+
+def test_an_adaptation_that_does_nothing_breaks_the_promise() -> None:
+    rank = np.array([1.0, 3.0, 40.0, np.inf])
+    asked = Asked.of(np.arange(4), {BLEND: rank, ADAPTED: rank.copy()})
+    assert asked.gain(ADAPTED, BLEND) == (0, 0) < (CLEAR, CLEAR)
+    better = Asked.of(np.arange(4), {BLEND: rank, ADAPTED: np.ones(4)})
+    assert better.gain(ADAPTED, BLEND)[0] >= 0
+    assert Asked.together([better, better]).ndcg[ADAPTED].tolist() == [1.0] * 8
 
 
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,6 +173,13 @@ def test_without_shared_metadata_or_without_content(tmp_path: Path, catalogue: C
     warnings: list[str] = []
     found = encode_title(alone, as_new(PreparedDataset(alone), 2), device="cpu", warn=warnings.append)
     np.testing.assert_allclose(found["graph"], PreparedDataset(alone).content("graph")[2], atol=1e-6)
+    title = {"title_id": "new", "title": "storm", "metadata": {"actors": ["x"]}}
+    encode_title(alone, title, device="cpu", warn=warnings.append)
+    assert warnings == [
+        "new: metadata.actors is ignored (x): no title of the training period shares a value of this kind with another "
+        "title, so the content graph does without it."
+    ]
+    warnings.clear()
     metadata = {"genres": [["g"], ["g"], ["h"], ["h"], ["g"]]}
     bare = write_dataset(
         tmp_path / "bare", {"title": ["t0", "t1", "t2", "t3", "t4"], "cold": [False] * 4 + [True]}, metadata

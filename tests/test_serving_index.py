@@ -107,6 +107,37 @@ def test_excluded_titles_make_room_for_the_next(kind: IndexKind) -> None:
     assert without.title_BR[1].tolist() == before.title_BR[1].tolist()
 
 
+@pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
+@pytest.mark.parametrize("rights", [False, True])
+def test_what_was_watched_is_searched_around_and_not_scanned_for(
+    kind: IndexKind, rights: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where all that a viewer has watched lies right before them."""
+    key, query = clustered(5_000, 20)
+    exact, index = build_index(key, "exact"), build_index(key, kind)
+    allowed = packed(np.random.default_rng(0).random((20, 5_000)) < 0.8) if rights else None
+    watched = list(exact.search(query, 40, allowed).title_BR)
+    expected = exact.search(query, 50, allowed, watched)
+    if rights:
+        searching(index)  # so few titles would else be scanned
+    for scan in (Int8, type(exact)):
+        monkeypatch.setattr(scan, "search", lambda *arguments: pytest.fail("scanned"))
+    found = index.search(query, 50, allowed, watched)
+    assert (found.title_BR >= 0).all()
+    assert not any(np.isin(one, other).any() for one, other in zip(found.title_BR, watched, strict=True))
+    assert recall(found.title_BR, expected.title_BR) >= (0.98 if kind == "hnsw" else 0.9)
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
+def test_where_most_was_watched_the_rest_is_scanned(kind: IndexKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, query = clustered(5_000, 1)
+    index, exact = build_index(key, kind), build_index(key, "exact")
+    watched = [np.arange(4_000)]
+    monkeypatch.setattr(type(index), "_searched", lambda *arguments: pytest.fail("searched"))
+    found = index.search(query, 50, None, watched)
+    assert recall(found.title_BR, exact.search(query, 50, None, watched).title_BR) >= 0.98
+
+
 # ---- order and quality ---------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -10,23 +9,18 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from m5.schema import PreparedDataset
 from m5.serving.export import Options, export
-from m5.serving.run import listen
-from m5.serving.service import PAGE, Settings, build_app
+from m5.serving.service import PAGE
 from tests.chromium import Page, browser, find_chromium
-from tests.serving import write_run
+from tests.serving import get, recommend, served, wait_for, write_run
 from tests.world import REGIONAL
 
 HOSTILE = '<img src="x" onerror="window.harmed = 1">'
@@ -73,45 +67,6 @@ def site(artifact: Path) -> Iterator[str]:
             yield wait_for(address[0])
         finally:
             process.terminate()
-
-
-@contextlib.contextmanager
-def served(artifact: Path, **changes: Any) -> Iterator[str]:
-    """Address of a service with other settings, in a thread."""
-    listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(build_app(artifact, Settings(**changes)), log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield wait_for(f"http://127.0.0.1:{listener.getsockname()[1]}/")
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-def wait_for(address: str) -> str:
-    """The address, once somebody answers there."""
-    end = time.monotonic() + 60
-    while True:
-        try:
-            urllib.request.urlopen(f"{address}v1/health", timeout=60).close()
-            return address
-        except urllib.error.URLError:
-            assert time.monotonic() < end
-            time.sleep(0.05)
-
-
-def get(address: str) -> Any:
-    with urllib.request.urlopen(address, timeout=20) as answer:
-        return json.load(answer)
-
-
-def recommend(site: str, body: dict[str, Any]) -> dict[str, Any]:
-    headers = {"Content-Type": "application/json"}
-    with urllib.request.urlopen(
-        urllib.request.Request(f"{site}v1/recommend", json.dumps(body).encode(), headers), timeout=20
-    ) as answer:
-        return json.load(answer)
 
 
 # ---- what is served ----------------------------------------------------------------------------------------------
@@ -360,7 +315,8 @@ def test_a_row_is_one_stop_and_the_panel_gives_its_reasons(page: Page, site: str
         f"{initials(names[one['title_id']])}{names[one['title_id']]}" for one in title["because"]
     ]
     scenario = "&".join(f"scenario={name}:{value}" for name, value in body_of(site, 0)["scenario"].items())
-    similar = get(f"{site}v1/titles/{title['title_id']}/similar?k=14&{scenario}")["titles"]
+    when = body_of(site, 0)["timestamp"]
+    similar = get(f"{site}v1/titles/{title['title_id']}/similar?k=14&timestamp={when}&{scenario}")["titles"]
     assert shown(page, "#panel .row") == [one["title_id"] for one in similar]
     page.press("Escape")
     page.until("!document.querySelector('#panel').open")
@@ -396,6 +352,93 @@ def test_only_the_newest_answer_is_drawn(page: Page, site: str) -> None:
     page.until(READY)
     assert [text(page, "#eligible"), shown(page, "#shelf-for-you > .row")] == state
     assert state[1] == [title["title_id"] for title in expected["titles"][1:19]]
+
+
+def test_cards_can_be_opened_while_another_viewers_answer_is_awaited(page: Page, site: str) -> None:
+    visit(page)
+    hold_back_recommendations(page)
+    page.evaluate("viewer.value = '1'; viewer.dispatchEvent(new Event('change'))")
+    page.evaluate("document.querySelector('#shelf-for-you .open').click()")
+    page.until("document.querySelector('#panel').open && document.querySelector('#panel .row')")
+    assert "no. 2 for this viewer" in text(page, "#panel .cap")
+    page.press("Escape")
+    page.evaluate("window.free()")
+    page.until(READY)
+    assert shown(page, "#shelf-for-you > .row") == [
+        title["title_id"] for title in recommend(site, body_of(site, 1))["titles"][1:19]
+    ]
+    assert text(page, "#shelf-for-you .note") == ""  # with another viewer there is nothing to compare
+    assert complaints(page) == []
+
+
+def hold_back_recommendations(page: Page) -> None:
+    """Until window.free() is called."""
+    page.evaluate("""{
+      window.changed = true;
+      const real = window.fetch;
+      const held = new Promise((free) => (window.free = free));
+      window.fetch = async (path, options) => {
+        if (path.startsWith("/v1/recommend")) await held;
+        return real(path, options);
+      };
+    }""")
+
+
+def test_similar_titles_are_of_the_viewers_time(page: Page, site: str) -> None:
+    visit(page)
+    page.evaluate("""{
+      window.changed = true;
+      const real = window.fetch;
+      window.asked = [];
+      window.fetch = (path, options) => (window.asked.push(path), real(path, options));
+    }""")
+    page.evaluate("document.querySelector('#shelf-for-you .open').click()")
+    page.until("document.querySelector('#panel .row')")
+    when = body_of(site, 0)["timestamp"]
+    assert [f"timestamp={when}" in path for path in page.evaluate("window.asked") if "/similar" in path] == [True]
+
+
+def test_shelves_are_labelled_whatever_a_category_is_called(page: Page, site: str) -> None:
+    visit(page)
+    page.evaluate("""{
+      window.changed = true;
+      const real = window.fetch;
+      window.fetch = async (path, options) => {
+        const answer = await (await real(path, options)).json();
+        if (path.startsWith("/v1/info")) answer.categories = ["stand up comedy"];
+        for (const title of Array.isArray(answer.titles) ? answer.titles : [])
+          Object.assign(title, { category: "stand up comedy", cold: false, because: [] });
+        return Response.json(answer);
+      };
+    }""")
+    visit(page)
+    labels = page.evaluate(
+        "[...document.querySelectorAll('#shelves section')]"
+        ".flatMap((one) => one.getAttribute('aria-labelledby').split(' '))"  # a list of ids, as browsers read it
+        ".map((id) => document.getElementById(id)?.textContent ?? null)"
+    )
+    assert "Stand up comedy" in labels and None not in labels
+
+
+def test_a_page_before_services_that_differ_gives_up_after_a_few_attempts(page: Page, site: str) -> None:
+    visit(page)
+    page.evaluate("""{
+      window.changed = true;
+      window.real = window.fetch;
+      window.starts = 0;
+      window.fetch = async (path, options) => {
+        window.starts += path.startsWith("/v1/info");
+        const answer = await (await window.real(path, options)).json();
+        if (path.startsWith("/v1/recommend")) answer.artifact = "another";
+        return Response.json(answer);
+      };
+    }""")
+    switch(page, "region", "r1")
+    assert text(page, "#trouble-text") == "Several services answer here, each from another artifact."
+    assert page.evaluate("window.starts") == 4
+    page.evaluate("window.fetch = window.real; document.querySelector('#retry').click()")
+    page.until("document.querySelector('#trouble').hidden")
+    assert complaints(page) == []
 
 
 def test_refusals_are_told_in_words_and_can_be_tried_again(page: Page, site: str) -> None:

@@ -13,6 +13,10 @@ titles that everybody has seen before. The protocol here, on the events before a
 `leave-last-out` then makes the requests test events, each after a history without any held-out title, and gives the
 event before to validation, which is none of a held-out title either. The other viewers' last events are test events of
 titles known from training. No held-out title has an event of training or validation.
+
+Which titles these are, newest first, is left beside the events in held_out.parquet: title_id, and `newer`, the share of
+the watched titles that are newer. So a setting can be chosen on the older ones (`m5 bench cold --skip-newest 0.05`) and
+then be measured on the newest, once (`--newest 0.05`).
 """
 
 from __future__ import annotations
@@ -24,13 +28,14 @@ import duckdb
 from data_prep.raw_table import disk_full_as_oserror, literal
 from m5.schema import DataError
 
+HELD_OUT = "held_out.parquet"
 LEAST_HISTORY = 2  # with the request, what leave-last-out wants of a viewer to give them a test event
 
 _NEWEST = """
-CREATE TABLE newest AS SELECT title_id FROM (
+CREATE TABLE newest AS SELECT title_id, (row_number() OVER by_age - 1) / {watched} AS newer FROM (
     SELECT e.title_id, any_value(t.year) AS year, min(e.ts) AS first FROM events e
     JOIN titles t ON t.title_id = e.title_id::VARCHAR WHERE t.year IS NOT NULL GROUP BY e.title_id
-) ORDER BY year DESC, first DESC, title_id DESC LIMIT {count}
+) WINDOW by_age AS (ORDER BY year DESC, first DESC, title_id DESC) ORDER BY newer LIMIT {count}
 """
 _MARKED = """
 CREATE TABLE marked AS SELECT *, count(*) FILTER (WHERE NOT held) OVER w AS known, row_number() OVER w AS step FROM (
@@ -47,7 +52,7 @@ WHERE CASE WHEN held THEN step = last ELSE last IS NULL OR step < last END ORDER
 
 
 def hold_out_newest(events: Path, titles: Path, share: float) -> str:
-    """Apply the protocol of the module to a source's tables, in place.
+    """Apply the protocol of the module to a source's tables, in place, and leave HELD_OUT beside the events.
 
     Args:
         events: Parquet with user_id, title_id, ts and more; ties of time keep the order of its rows.
@@ -72,7 +77,7 @@ def hold_out_newest(events: Path, titles: Path, share: float) -> str:
         connection.execute(f"CREATE VIEW titles AS SELECT title_id, year FROM read_parquet({literal(titles)})")
         watched, before = connection.sql("SELECT count(DISTINCT title_id), count(*) FROM events").fetchall()[0]
         count = round(share * watched)
-        connection.execute(_NEWEST.format(count=count))
+        connection.execute(_NEWEST.format(count=count, watched=watched))
         connection.execute(_MARKED)
         connection.execute(_ASKED.format(least=LEAST_HISTORY))
         held, requests = connection.sql(
@@ -83,6 +88,8 @@ def hold_out_newest(events: Path, titles: Path, share: float) -> str:
                 f"--hold-out-newest {share}: of {watched:,} titles {held:,} are held out, and no viewer has watched "
                 f"one of them after {LEAST_HISTORY} others, so nothing could be asked for. Hold out a larger share."
             )
+        order = "SELECT title_id::VARCHAR AS title_id, newer FROM newest ORDER BY newer"
+        connection.execute(f"COPY ({order}) TO {literal(events.with_name(HELD_OUT))} (FORMAT parquet)")
         connection.execute(f"COPY ({_KEPT}) TO {literal(unfinished)} (FORMAT parquet)")
         after = connection.sql(f"SELECT count(*) FROM read_parquet({literal(unfinished)})").fetchall()[0][0]
     unfinished.replace(events)

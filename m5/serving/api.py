@@ -8,16 +8,18 @@ from __future__ import annotations
 from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from m5.serving.retriever import Answer, Ask, Carrier, Retriever
 from m5.viewer import Viewer
 
 MAX_HISTORY, MAX_EXCLUDED, MAX_K, MAX_BATCH, MAX_VALUES = 2_000, 10_000, 1_000, 256, 64
+MAX_TITLES = 20_000  # of all answers of a batch
+MAX_ID = 1_000  # characters, as of a title that `m5 onboard` takes
 LATEST_SECONDS = 2**40  # some 35,000 years: every sum of two times still fits
 DAY = 86_400
 
-Id = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Id = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID)]
 Value = Annotated[str, StringConstraints(max_length=200)]
 Values = Annotated[dict[Value, Value], Field(max_length=MAX_VALUES)]
 Seconds = Annotated[int, Field(ge=-LATEST_SECONDS, le=LATEST_SECONDS, description="Seconds since the epoch, UTC.")]
@@ -56,7 +58,16 @@ class RecommendBody(_Body):
 
 
 class BatchBody(_Body):
-    requests: list[RecommendBody] = Field(min_length=1, max_length=MAX_BATCH)
+    requests: list[RecommendBody] = Field(
+        min_length=1, max_length=MAX_BATCH, description=f"Their k may sum up to {MAX_TITLES:,}."
+    )
+
+    @field_validator("requests")
+    @classmethod
+    def _not_too_many(cls, requests: list[RecommendBody]) -> list[RecommendBody]:
+        if sum(request.k for request in requests) > MAX_TITLES:
+            raise ValueError(f"the k of a batch's requests may sum up to {MAX_TITLES:,}")
+        return requests
 
 
 class Carried(BaseModel):
@@ -157,7 +168,8 @@ def to_ask(retriever: Retriever, body: RecommendBody, now: int) -> tuple[Ask, Ig
     order = np.argsort(np.array(timestamp, dtype=np.int64), kind="stable")
     names = [kind.name for kind in manifest.intensities]
     for watched in known:
-        _require(names, watched.intensity, "intensity")
+        if watched.intensity:
+            _require(names, watched.intensity, "intensity")
     indices, unknown = {}, {}
     for group, vocabularies in (
         ("scenario", manifest.scenarios),
@@ -192,14 +204,12 @@ def _require(known: list[str], given: dict, what: str) -> None:
         raise UnknownName(f"{what}: a name is not known here; known are {', '.join(known) or 'none'}.")
 
 
-def named(retriever: Retriever, title: int) -> dict:
+def named(retriever: Retriever, title: int) -> dict[str, str]:
     """What every answer says of a title."""
-    row = retriever.titles.iloc[title]
-    categories = retriever.manifest.categories.values
     return {
-        "title_id": str(row["title_id"]),
-        "title": str(row["title"]),
-        "category": categories[row["category"] - 1] if row["category"] else "",
+        "title_id": retriever.title_ids[title],
+        "title": retriever.names[title],
+        "category": retriever.categories[title],
     }
 
 
@@ -212,38 +222,45 @@ def to_answer(
     taken_away: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> RecommendAnswer:
     """Indices -> ids and names."""
-    cold = retriever.titles["cold"].to_numpy()
-    titles = []
-    for n, title in enumerate(answer.title.tolist()):
-        because = None
-        if carriers is not None:
-            because = [
-                Carried(
-                    title_id=retriever.title_ids[ask.viewer.title[carrier.place]],
-                    id_drop=carrier.id_drop,
-                    cg_drop=carrier.cg_drop,
-                )
-                for carrier in carriers[n]
-            ]
-        titles.append(
-            Title(
-                **named(retriever, title),
-                cold=bool(cold[title]),
-                score=float(answer.score[n]),
-                id_score=float(answer.id_score[n]),
-                cg_score=float(answer.cg_score[n]),
-                because=because,
-            )
+    columns = [column.tolist() for column in answer[:4]]
+    titles = [
+        Title(
+            **named(retriever, title),
+            cold=bool(retriever.cold_N[title]),
+            score=score,
+            id_score=id_score,
+            cg_score=cg_score,
+            because=None if carriers is None else _carried(retriever, ask, carriers[n]),
         )
+        for n, (title, score, id_score, cg_score) in enumerate(zip(*columns, strict=True))
+    ]
     lost = None
     if taken_away is not None:
-        lost = [
-            TakenAway(**named(retriever, int(title)), score=float(score))
-            for title, score in zip(*taken_away, strict=True)
-        ]
+        pairs = zip(*(column.tolist() for column in taken_away), strict=True)
+        lost = [TakenAway(**named(retriever, title), score=score) for title, score in pairs]
     return RecommendAnswer(
         titles=titles, eligible=answer.eligible, ignored=ignored, taken_away=lost, artifact=short_digest(retriever)
     )
+
+
+def _carried(retriever: Retriever, ask: Ask, carriers: list[Carrier]) -> list[Carried]:
+    return [
+        Carried(
+            title_id=retriever.title_ids[ask.viewer.title[carrier.place]],
+            id_drop=carrier.id_drop,
+            cg_drop=carrier.cg_drop,
+        )
+        for carrier in carriers
+    ]
+
+
+def to_similar(retriever: Retriever, titles: np.ndarray, cosines: np.ndarray) -> SimilarAnswer:
+    """int64 titles and float32 cosines -> ids and names."""
+    shown = [
+        SimilarTitle(**named(retriever, title), cold=bool(retriever.cold_N[title]), cosine=cosine)
+        for title, cosine in zip(titles.tolist(), cosines.tolist(), strict=True)
+    ]
+    return SimilarAnswer(titles=shown, artifact=short_digest(retriever))
 
 
 def short_digest(retriever: Retriever) -> str:

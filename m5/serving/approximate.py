@@ -1,6 +1,7 @@
 """Indices that look at a part of the titles, on Faiss: a graph (HNSW), and coded titles in cells (IVF-PQ).
 
-Rights: the search asks for so many of the best titles that k eligible ones should be among them, and keeps these. That
+Rights and exclusions: the search asks for so many of the best titles that k eligible ones should be among them, and
+keeps these. What is excluded, watched titles mostly, may be among the best, so as many more are asked for. That
 there are k proves that rights have taken nothing from the quality: they are the best eligible ones, as surely as what
 was found are the best. Where there are fewer, because rights take away what is near the query, the titles are scanned;
 and so they are from the start where so few are eligible that a scan costs less: the eligible ones in float32 where they
@@ -90,8 +91,10 @@ class _Approximate:
         for row, query_Q in enumerate(query_BQ):
             bits_Y = None if bits_BY is None else bits_BY[row]
             count = self.titles if bits_Y is None else int(eligible_counts(bits_Y))
-            title_C = self._searched(query_Q, k, count, bits_Y)
-            if title_C is not None:
+            share = 1.0 if allowed_BY is None else int(eligible_counts(allowed_BY[row])) / self.titles
+            asked = self._asked(k, count, share, 0 if excluded is None else len(excluded[row]))
+            title_C = None if asked is None else self._searched(query_Q, asked, bits_Y)
+            if title_C is not None and len(title_C) >= min(self.reranked * k, count):
                 found.put(row, self.exact.rescored(query_Q, title_C), title_C)
             else:
                 scan = self.exact if count <= GATHERED * self.titles else self._int8
@@ -99,21 +102,29 @@ class _Approximate:
                 found.score_BR[row], found.title_BR[row] = scanned.score_BR[0], scanned.title_BR[0]
         return found
 
-    def _searched(self, query_Q: np.ndarray, k: int, count: int, bits_Y: np.ndarray | None) -> np.ndarray | None:
-        """int64 [C] titles, of `count` eligible ones, with the best k among them; None: scan."""
+    def _asked(self, k: int, count: int, share: float, excluded: int) -> int | None:
+        """How many titles to search for, that the best k of `count` eligible ones be among them; None: scan.
+
+        Args:
+            share: of the titles that rights leave.
+            excluded: titles, which are added as if all of them were among the best.
+        """
         if count == 0:
             return None
-        wanted = self.reranked * k
-        share = count / self.titles
-        # Of so many titles, `wanted` are eligible at this share, three standard deviations below the mean.
-        asked = min(self.titles, wanted if bits_Y is None else math.ceil((wanted + 3 * math.sqrt(wanted)) / share))
-        if bits_Y is not None and asked * self.worth >= self.titles:
-            return None
+        wanted = self.reranked * k + excluded
+        if share < 1:
+            # Of so many titles, `wanted` are eligible at this share, three standard deviations below the mean.
+            wanted = math.ceil((wanted + 3 * math.sqrt(wanted)) / share)
+        asked = min(self.titles, wanted)
+        # An index that was chosen is searched, exclusions and all, as long as they do not more than double the work.
+        plain = share == 1 and excluded <= self.reranked * k
+        return asked if plain or asked * self.worth < self.titles else None
+
+    def _searched(self, query_Q: np.ndarray, asked: int, bits_Y: np.ndarray | None) -> np.ndarray:
+        """int64 [C] eligible titles among the `asked` best that the search finds."""
         _, title_1C = self.inner.search(query_Q[None], asked, params=self._parameters(asked))
         title_C = title_1C[0, title_1C[0] >= 0]
-        if bits_Y is not None:
-            title_C = title_C[(bits_Y[title_C >> 3] >> (title_C & 7) & 1).astype(bool)]
-        return title_C if len(title_C) >= min(wanted, count) else None
+        return title_C if bits_Y is None else title_C[(bits_Y[title_C >> 3] >> (title_C & 7) & 1).astype(bool)]
 
     def with_titles(self, key_XQ: np.ndarray) -> Self:
         """See `m5.serving.index.Index`."""

@@ -30,13 +30,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 from torch import Tensor
 
 from m5.config import DataConfig, ModelConfig
+from m5.folders import recover
 from m5.model.multi_modal_embedding import SPECIAL_ROWS
 from m5.schema import DataError, Intensity, Vocabulary
 from m5.serving.index import IndexKind
@@ -53,6 +54,8 @@ MODEL, TITLES, TITLE_TABLE, RIGHTS, POSTERS, INDEX = (
     "index.safetensors",
 )
 VIEWERS, PROGRAM, CARD = "viewers.json", "tower.pt2", "card.md"
+# Not mapped, as safetensors would by itself: to overwrite a mapped file where it lies ends the process that reads it.
+IN_MEMORY = "pread"
 
 
 class ArtifactManifest(BaseModel):
@@ -95,6 +98,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _identity(path: Path) -> tuple[int, int, int]:
+    """What differs once a file was replaced or overwritten: its inode, its size, when it was written to."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def seal(folder: Path, manifest: ArtifactManifest) -> ArtifactManifest:
     """Write artifact.json with the checksums of all that lies in `folder`, then its own, and wait for the disk."""
     files = {
@@ -121,10 +130,10 @@ def refuse_foreign(target: Path) -> None:
 
 
 class Posters:
-    """Small JPEG posters, mapped from one file, which may be replaced or deleted meanwhile."""
+    """Small JPEG posters, read from one open file, which may be replaced or deleted meanwhile."""
 
     def __init__(self, path: Path):
-        self._file = safe_open(path, "np").__enter__()
+        self._file = safe_open(path, "np", backend=IN_MEMORY).__enter__()
         self._offsets = self._file.get_tensor("offsets")
 
     def __getitem__(self, title: int) -> bytes:
@@ -134,35 +143,61 @@ class Posters:
 
 
 class Artifact:
-    """Read access to a verified artifact; large arrays are read on first use.
+    """Read access to a verified artifact; large arrays are read on first use, into memory.
 
     Args:
         folder: what `m5 export` wrote.
 
     Raises:
-        DataError: no artifact, one of another format, or a damaged one: every file is compared with its checksum.
+        DataError: no artifact, one of another format or version, or a damaged one: every file is compared with its
+            checksum.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.manifest = self._verified()
-        self.digest = file_digest(self.folder / MANIFEST)
+        recover(self.folder)
+        self._files: dict[str, tuple[int, int, int]] = {}  # as they were before their checksums were compared
+        self.manifest, self.digest = self._verified()
 
-    def _verified(self) -> ArtifactManifest:
-        path, digest = self.folder / MANIFEST, self.folder / MANIFEST_DIGEST
+    def _verified(self) -> tuple[ArtifactManifest, str]:
+        """The manifest and its sha256, after a look at all files."""
+        path, recorded = self.folder / MANIFEST, self.folder / MANIFEST_DIGEST
         if not path.is_file():
             raise DataError(f"{self.folder} is no artifact: it has no {MANIFEST}. Make one with `m5 export`.")
-        if not digest.is_file() or digest.read_bytes().strip() != file_digest(path).encode():
+        self._files[MANIFEST] = _identity(path)
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if not recorded.is_file() or recorded.read_bytes().strip() != digest.encode():
             raise self._damaged(MANIFEST)
-        record = json.loads(path.read_text())
+        record = json.loads(content)
         if record.get("format") != FORMAT:
             raise DataError(f"{self.folder}: format {record.get('format')}, but this program reads {FORMAT}.")
-        manifest = ArtifactManifest.model_validate(record)
+        try:
+            manifest = ArtifactManifest.model_validate(record)
+        except ValidationError as error:
+            field, what = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
+            raise DataError(
+                f"{self.folder} was written by another version of this program ({MANIFEST}, {field}: {what}). Export "
+                "the run again."
+            ) from None
         for name, expected in manifest.files.items():
             file = self.folder / name
-            if not file.is_file() or file_digest(file) != expected:
+            if not file.is_file():
                 raise self._damaged(name)
-        return manifest
+            self._files[name] = _identity(file)
+            if file_digest(file) != expected:
+                raise self._damaged(name)
+        return manifest, digest
+
+    def refuse_replaced(self) -> None:
+        """Raises DataError where a file is not the verified one any more: what was read since may be another's."""
+        for name, identity in self._files.items():
+            try:
+                same = _identity(self.folder / name) == identity
+            except OSError:
+                same = False
+            if not same:
+                raise DataError(f"{self.folder / name} was replaced while the artifact was read.")
 
     def _damaged(self, name: str) -> DataError:
         return DataError(
@@ -179,7 +214,7 @@ class Artifact:
     @cached_property
     def title_arrays(self) -> dict[str, Tensor]:
         """Arrays of titles.safetensors."""
-        return load_file(self.folder / TITLES)
+        return load_file(self.folder / TITLES, backend=IN_MEMORY)
 
     @cached_property
     def key_NQ(self) -> Tensor:
@@ -200,7 +235,7 @@ class Artifact:
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         """The bare model's weights without the titles' table."""
-        return load_file(self.folder / MODEL)
+        return load_file(self.folder / MODEL, backend=IN_MEMORY)
 
     @cached_property
     def viewers(self) -> list[dict[str, Any]]:
@@ -212,12 +247,12 @@ class Artifact:
         """None where every title is playable by everyone."""
         if self.manifest.rights is None:
             return None
-        return RightsMasks.restored(self.manifest.rights, load_numpy(self.folder / RIGHTS))
+        return RightsMasks.restored(self.manifest.rights, load_numpy(self.folder / RIGHTS, backend=IN_MEMORY))
 
     @cached_property
     def index_state(self) -> dict[str, np.ndarray]:
         """Arrays for `m5.serving.index.restored_index`, where the manifest names an index."""
-        return load_numpy(self.folder / INDEX)
+        return load_numpy(self.folder / INDEX, backend=IN_MEMORY)
 
     @cached_property
     def posters(self) -> Posters | None:

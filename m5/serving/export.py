@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,22 +19,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from m5.assemble import table_sizes
-from m5.best import put_in_place, read_record
+from m5.best import read_record
 from m5.eligibility import Eligibility
+from m5.folders import holding, recover, replacing
 from m5.model.m5 import M5
 from m5.model.multi_modal_embedding import UNKNOWN
 from m5.predict import Predictor
 from m5.recommend import known_viewer, latest_time
-from m5.schema import PreparedDataset
+from m5.schema import DataError, PreparedDataset
 from m5.serving import artifact as files
 from m5.serving.artifact import Artifact, ArtifactManifest
 from m5.serving.card import model_card
 from m5.serving.index import IndexKind, build_index
 from m5.serving.rights import RightsMasks
+from m5.serving.scan import quantised
 from m5.serving.tower import UserTower, export_program
 
 POSTER_SIZE = (200, 300)  # pixels, at most
 PROJECTED = 4096  # titles whose content is projected at a time
+PATIENCE = 30.0  # seconds that one waits for another who writes the same artifact
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,12 @@ class Options:
     """What may be left out of an artifact, or put in.
 
     Attributes:
-        int8: keys as int8 with a scale a title, a quarter of the memory.
+        int8: keys as int8 with a scale a title: a quarter of their size on disk. In memory they are float32 again.
         posters: whether to take the titles' artwork, made small.
         viewers: how many users' histories to take, to look at on the page: those with most events.
         program: whether to write the user tower as a program.
         index: whose state to take along; one that takes long to build is then ready when a service starts.
+        drop_onboarded: whether an artifact may be replaced that holds titles which `m5 onboard` has added.
     """
 
     int8: bool = False
@@ -53,6 +58,7 @@ class Options:
     viewers: int = 0
     program: bool = True
     index: IndexKind | None = None
+    drop_onboarded: bool = False
 
 
 def export(run: Path, out: Path, options: Options = Options()) -> Artifact:
@@ -67,43 +73,72 @@ def export(run: Path, out: Path, options: Options = Options()) -> Artifact:
         The artifact as it was read back, every checksum compared.
 
     Raises:
-        DataError: no trained run, or `out` is something else than an artifact.
+        ConfigError: another process writes to `out`.
+        DataError: no trained run, or `out` is something else than an artifact, or holds titles that would be lost.
     """
     files.refuse_foreign(out)
     predictor = Predictor.load(run, "cpu")
-    temporary = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with one_writer(out):
+        added = onboarded(out)
+        if added and not options.drop_onboarded:
+            raise DataError(
+                f"{out} holds {added:,} titles that `m5 onboard` has added; {run} does not know them, so they would be "
+                "lost. Choose another --out, or give --drop-onboarded and onboard them again."
+            )
+        with replacing(out) as folder:
+            _write(folder, run, predictor, options)
+        return Artifact(out)
+
+
+@contextmanager
+def one_writer(artifact: Path) -> Iterator[None]:
+    """One `m5 export` or `m5 onboard` at a time, from reading an artifact to replacing it.
+
+    The lock is a file beside the artifact, .NAME.lock, since the folder itself is another one afterwards.
+
+    Raises:
+        ConfigError: another still writes to it after PATIENCE seconds.
+    """
+    place = artifact.resolve()
+    message = f"{artifact} is in use: another `m5 export` or `m5 onboard` writes to it. Try again when that has ended."
+    with holding(place.with_name(f".{place.name}.lock"), message, PATIENCE):
+        recover(place)
+        yield
+
+
+def onboarded(folder: Path) -> int:
+    """How many titles `m5 onboard` has added to an artifact; 0 where there is none that can be read."""
     try:
-        manifest = _manifest(run, predictor, options)
-        _write_weights(temporary, predictor, options)
-        eligibility = Eligibility.from_dataset(predictor.dataset)
-        if eligibility is not None:
-            rights = RightsMasks.compiled(eligibility, manifest.n_titles)
-            save_numpy(rights.arrays(), temporary / files.RIGHTS)
-            manifest = manifest.model_copy(update={"rights": rights.header.model_dump(mode="json")})
-        if options.index is not None:
-            save_numpy(
-                build_index(stored_again(predictor.key_NQ, options.int8), options.index).state(),
-                temporary / files.INDEX,
-            )
-        if options.posters:
-            made = [poster_bytes(path) for path in poster_files(predictor.dataset)]
-            write_posters(temporary / files.POSTERS, made)
-        if options.viewers:
-            viewers = _viewers(predictor.dataset, options.viewers, manifest.history)
-            (temporary / files.VIEWERS).write_text(json.dumps(viewers))
-        if options.program:
-            program = export_program(
-                UserTower(predictor.model).eval(), width=manifest.model.width, history=manifest.history
-            )
-            torch.export.save(program, temporary / files.PROGRAM)
-        (temporary / files.CARD).write_text(model_card(manifest))
-        files.seal(temporary, manifest)
-        put_in_place(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return Artifact(out)
+        record = json.loads((folder / files.MANIFEST).read_text())
+        return int(record["n_titles"]) - int(record["n_trained"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _write(folder: Path, run: Path, predictor: Predictor, options: Options) -> None:
+    """All files of the artifact."""
+    manifest = _manifest(run, predictor, options)
+    _write_weights(folder, predictor, options)
+    eligibility = Eligibility.from_dataset(predictor.dataset)
+    if eligibility is not None:
+        rights = RightsMasks.compiled(eligibility, manifest.n_titles)
+        save_numpy(rights.arrays(), folder / files.RIGHTS)
+        manifest = manifest.model_copy(update={"rights": rights.header.model_dump(mode="json")})
+    if options.index is not None:
+        keys = stored_again(predictor.key_NQ, options.int8)
+        save_numpy(build_index(keys, options.index).state(), folder / files.INDEX)
+    if options.posters:
+        write_posters(folder / files.POSTERS, [poster_bytes(path) for path in poster_files(predictor.dataset)])
+    if options.viewers:
+        viewers = _viewers(predictor.dataset, options.viewers, manifest.history)
+        (folder / files.VIEWERS).write_text(json.dumps(viewers))
+    if options.program:
+        tower = UserTower(predictor.model).eval()
+        program = export_program(tower, width=manifest.model.width, history=manifest.history)
+        torch.export.save(program, folder / files.PROGRAM)
+    (folder / files.CARD).write_text(model_card(manifest))
+    files.seal(folder, manifest)
 
 
 def _manifest(run: Path, predictor: Predictor, options: Options) -> ArtifactManifest:
@@ -136,6 +171,7 @@ def _manifest(run: Path, predictor: Predictor, options: Options) -> ArtifactMani
             "events": manifest.n_events,
             "content": record["content"],
             "notes": list(manifest.notes),
+            **_origin(record),
         },
         weights_sha256=record["weights_sha256"],
         metrics=_metrics(run, record),
@@ -151,8 +187,17 @@ def _metrics(run: Path, record: dict[str, Any]) -> dict[str, Any]:
         evaluation = json.loads(report.read_text())
         if evaluation.get("checkpoint", {}).get("weights_sha256") == record["weights_sha256"]:
             mine = next(iter(evaluation["models"].values()))
-            found["test"] = {"overall": mine["overall"], "scenarios": mine["scenarios"], "cold": mine["cold"]}
+            found["test"] = {name: mine[name] for name in ("overall", "scenarios", "cold")}
+            found["test"]["settings"] = evaluation["settings"]
     return found
+
+
+def _origin(record: dict[str, Any]) -> dict[str, Any]:
+    """Where an `m5 adapt` got its weights, that folder aside, and for which scenario values none were trained."""
+    if "adapted" not in record:
+        return {}
+    adapted = {name: value for name, value in record["adapted"].items() if name != "run"}
+    return {"adapted": adapted, "untrained": record["untrained"]}
 
 
 def _version(name: str) -> str:
@@ -193,8 +238,8 @@ def stored_keys(key_NQ: Tensor, int8: bool) -> dict[str, Tensor]:
     """Keys as an artifact holds them: float32, or int8 with one scale a title (the largest element is 127)."""
     if not int8:
         return {"key_NQ": key_NQ}
-    scale_N = key_NQ.abs().amax(-1).clamp(min=1e-12) / 127
-    return {"key_NQ": (key_NQ / scale_N.unsqueeze(-1)).round().to(torch.int8), "scale_N": scale_N}
+    key8_NQ, scale_N = quantised(key_NQ.numpy())
+    return {"key_NQ": torch.from_numpy(key8_NQ), "scale_N": torch.from_numpy(scale_N)}
 
 
 def stored_again(key_NQ: Tensor, int8: bool) -> np.ndarray:

@@ -12,7 +12,10 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any
+
+from starlette._utils import get_route_path  # the path that the router looks at: another reading would be a way around
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -21,9 +24,11 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 CLIENTS = 10_000  # whose rate is remembered
-GUARDED = "/v1/"
-OPEN = ("/v1/health", "/v1/ready")  # for whoever watches over the service
+# For whoever watches over the service, and what a browser loads before it can send a key. All else is guarded.
+OPEN = ("/v1/health", "/v1/ready", "/metrics", "/", "/openapi.json")
+FILES = "/page/"
 CHEAP = "/poster"  # a page of posters is one visit, not a hundred
+CHARGE = "m5.charge"  # in a guarded request's scope: takes so many more tokens of its client
 
 
 class ApiKeys:
@@ -35,6 +40,11 @@ class ApiKeys:
 
     def __init__(self, keys: list[str]):
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there are any."""
+        return bool(self._digests)
 
     def accepts(self, given: bytes) -> bool:
         """Digests of one length are compared, and all of them."""
@@ -68,14 +78,21 @@ class RateLimit:
             self._buckets.popitem(last=False)
         return 0.0 if allowed else (1 - tokens) / self.per_second
 
+    def charge(self, client: str, tokens: int) -> None:
+        """Take more tokens of a client who was let in, more even than there are: the bucket then owes them."""
+        if client in self._buckets:
+            left, seen = self._buckets[client]
+            self._buckets[client] = left - tokens, seen
+
 
 class Limits:
     """ASGI middleware that answers 401, 413 and 429 by itself.
 
     Args:
         app: what it guards.
-        keys: of `Authorization: Bearer KEY` or `X-API-Key: KEY`, asked for below /v1/ except by the probes.
-        rate: by key, or by address where no key is asked for; for the same paths but posters.
+        keys: of `Authorization: Bearer KEY` or `X-API-Key: KEY`, asked for on all paths but `OPEN` and `FILES`.
+        rate: by key, or by address where no key is asked for; for the same paths but posters. What a request costs
+            beyond one token is known once it is read: the app takes it by the scope's `CHARGE`.
         largest: bytes of a body.
     """
 
@@ -87,16 +104,19 @@ class Limits:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        path = scope["path"]
-        if path.startswith(GUARDED) and path not in OPEN:
+        path = get_route_path(scope)
+        if path not in OPEN and not path.startswith(FILES):
             key = headers.get(b"x-api-key", headers.get(b"authorization", b"").removeprefix(b"Bearer "))
             if not self.keys.accepts(key):
                 await refuse(send, 401, "an API key is needed", {"WWW-Authenticate": "Bearer"})
                 return
-            client = key.decode("latin-1") or (scope.get("client") or ("?",))[0]
+            # A header that nobody checks names nobody: it could be another one each time.
+            address = (scope.get("client") or ("?",))[0]
+            client = hashlib.sha256(key).hexdigest() if self.keys.wanted else address
             if not path.endswith(CHEAP) and (wait := self.rate.wait(client)):
                 await refuse(send, 429, "too many requests", {"Retry-After": str(int(wait) + 1)})
                 return
+            scope[CHARGE] = partial(self.rate.charge, client)
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit() or len(declared) > 15 or int(declared) > self.largest:
             await refuse(send, 413, f"a request may hold at most {self.largest} bytes")

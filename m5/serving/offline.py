@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
+import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +31,7 @@ from m5.data.sequences import age_bucket
 from m5.eligibility import Eligibility
 from m5.model.multi_modal_embedding import START
 from m5.predict import CPU_SEQUENCES, GPU_SEQUENCES, Predictor
-from m5.recommend import latest_time
+from m5.recommend import best_titles, key_columns, latest_time
 from m5.schema import DataError
 from m5.serving.export import title_rows
 from m5.serving.tower import UserTower
@@ -133,7 +137,7 @@ class Lists:
         self.predictor, self.setup = predictor, setup
         self.encoder = UserEncoder(predictor, setup.scenario)
         self.tower = UserTower(predictor.model).eval()
-        self.key_NQ = predictor.key_NQ
+        self.key_QN = key_columns(predictor)
         self.eligibility = Eligibility.from_dataset(predictor.dataset, predictor.device)
         self.title_ids = predictor.dataset.titles["title_id"].to_numpy()
         self.user_ids = predictor.dataset.users["user_id"].to_numpy()
@@ -143,7 +147,7 @@ class Lists:
         """int64 [B] users -> int64 [B, k] titles, -1 behind the last playable one, and their float32 scores."""
         encoder, device = self.encoder, self.predictor.device
         query_BQ, _ = self.tower(*encoder(user))
-        score_BN = query_BQ @ self.key_NQ.T
+        score_BN = query_BQ @ self.key_QN
         if self.eligibility is not None:
             scenario_BM = torch.from_numpy(encoder.scenarios(user)).to(device)
             at_B = torch.full((len(user),), encoder.at, device=device)
@@ -157,9 +161,8 @@ class Lists:
             )
             seen = np.asarray(encoder.builder.title[place], dtype=np.int64)
             score_BN[torch.from_numpy(row).to(device), torch.from_numpy(seen).to(device)] = -torch.inf
-        best = torch.topk(score_BN, min(self.setup.k, score_BN.shape[1]))
-        title_BK, score_BK = best.indices.cpu().numpy(), best.values.cpu().numpy()
-        return np.where(np.isfinite(score_BK), title_BK, -1), score_BK
+        found = best_titles(score_BN, self.setup.k)
+        return found.title_BR, found.score_BR
 
     def table(self, user: np.ndarray) -> pa.Table:
         """Columns user_id (string), title_id (list of strings, best first) and score (list of floats)."""
@@ -179,7 +182,23 @@ class Lists:
         )
 
 
-def recommend_all(run: Path, out: Path, *, scenario: dict[str, int], k: int, filter_seen: bool) -> float:
+class Written(NamedTuple):
+    """What one rank has done: users, and seconds for them, the model loaded before; peak memory in bytes."""
+
+    users: int
+    seconds: float
+    memory: int
+    gpu_memory: int
+
+    def __str__(self) -> str:
+        gpu = f", of the GPU {self.gpu_memory / 2**30:.2f} GB" if self.gpu_memory else ""
+        return (
+            f"{self.users:,} users in {self.seconds:.1f} s, {self.users / self.seconds:,.0f} users/s, "
+            f"peak memory {self.memory / 2**30:.2f} GB{gpu}"
+        )
+
+
+def recommend_all(run: Path, out: Path, *, scenario: dict[str, int], k: int, filter_seen: bool) -> Written:
     """Write what is missing of the lists of all users; this rank's share of it.
 
     Args:
@@ -188,30 +207,57 @@ def recommend_all(run: Path, out: Path, *, scenario: dict[str, int], k: int, fil
         scenario: vocabulary indices by name, in place of those of the users' last events.
 
     Returns:
-        Users per second of this rank, 0 where nothing was missing.
+        What was written; no users where nothing was missing.
 
     Raises:
         DataError: no trained run, or `out` holds recommendations of another setup or something else.
     """
-    predictor = Predictor.load(run)
+    predictor = Predictor.load(run, own_device())
     manifest = predictor.dataset.manifest
     weights = read_record(run)["weights_sha256"]
     setup = Setup(weights, manifest.content_hash, manifest.n_users, k, scenario, filter_seen)
     _claim(out, setup)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    missing = [part for part in range(rank, -(-setup.users // PART), ranks) if not (out / part_name(part)).is_file()]
+    own = range(rank, -(-setup.users // PART), ranks)
+    for part in own:
+        for left in out.glob(f".{part_name(part)}.*"):  # a killed run's
+            left.unlink(missing_ok=True)
+    missing = [part for part in own if not (out / part_name(part)).is_file()]
     if not missing:
         print(f"{out}: everything is there already", file=sys.stderr)
-        return 0.0
+        return Written(0, 0.0, 0, 0)
     lists, done, began = Lists(predictor, setup), 0, time.monotonic()
     for part, user in parts(missing, setup.users):
-        temporary = out / f".{part_name(part)}.{os.getpid()}"
-        pq.write_table(lists.table(user), temporary)
-        temporary.replace(out / part_name(part))
+        _write(lists.table(user), out / part_name(part))
         done += len(user)
         rate = done / (time.monotonic() - began)
         print(f"rank {rank}: part {part}, {done:,} users, {rate:,.0f} users/s", file=sys.stderr, flush=True)
-    return done / (time.monotonic() - began)
+    on_gpu = predictor.device.type == "cuda"
+    return Written(
+        users=done,
+        seconds=time.monotonic() - began,
+        memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        gpu_memory=torch.cuda.max_memory_allocated(predictor.device) if on_gpu else 0,
+    )
+
+
+def own_device() -> str:
+    """This rank's GPU, where there are GPUs: ranks of a node share them evenly."""
+    gpus = torch.cuda.device_count()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}" if gpus else "cpu"
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    """A whole file on disk, or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            pq.write_table(table, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def parts(numbers: list[int], users: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -225,25 +271,28 @@ def part_name(number: int) -> str:
 
 
 def _claim(out: Path, setup: Setup) -> None:
-    """Leave the setup in `out`, or see that it is the same."""
-    out.mkdir(parents=True, exist_ok=True)
-    path, text = out / SETUP, json.dumps(asdict(setup), indent=1)
-    try:
-        with path.open("x") as stream:
-            if any(entry.name != SETUP for entry in out.iterdir()):
-                path.unlink()
-                raise DataError(f"{out} is not empty, and holds no recommendations. Choose another --out.")
-            stream.write(text)
-    except FileExistsError:
-        _same(path, text)
+    """Leave the setup in `out`, or see that it is the same. Of ranks that start together, the first leaves it, whole.
 
-
-def _same(path: Path, text: str) -> None:
-    deadline = time.monotonic() + 5
-    while not (found := path.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.01)  # another rank is writing it
-    if found != text:
+    Raises:
+        DataError: `out` is a file, holds something else, or recommendations of another setup.
+    """
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file, and --out names a folder. Choose another.")
+    path, text, beginning = out / SETUP, json.dumps(asdict(setup), indent=1), f".{SETUP}."
+    foreign = out.is_dir() and any(not entry.name.startswith(beginning) for entry in out.iterdir())
+    if foreign and not path.is_file():
+        raise DataError(f"{out} is not empty, and holds no recommendations. Choose another --out.")
+    if not path.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = out / f"{beginning}{uuid.uuid4().hex}"
+        try:
+            temporary.write_text(text)
+            with suppress(FileExistsError):
+                os.link(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    if path.read_text() != text:
         raise DataError(
-            f"{path.parent} holds recommendations of another run, k, scenario or --keep-seen. Choose another --out, or "
-            "remove it."
+            f"{out} holds recommendations of another run, k, scenario or --keep-seen. Choose another --out, or remove "
+            "it."
         )

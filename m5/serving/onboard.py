@@ -10,24 +10,25 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from m5.best import content_digest, put_in_place
-from m5.model.multi_modal_embedding import UNKNOWN
+from m5.best import content_digest
+from m5.folders import replacing
+from m5.model.multi_modal_embedding import UNKNOWN, ContentProjection
 from m5.schema import ALWAYS, ContentKind, DataError, Manifest, PreparedDataset
 from m5.serving import artifact as files
 from m5.serving.artifact import Artifact
 from m5.serving.card import model_card
-from m5.serving.export import poster_bytes, stored_keys, write_posters
+from m5.serving.export import one_writer, poster_bytes, stored_again, stored_keys, write_posters
 from m5.serving.index import restored_index
-from m5.serving.rights import Grant
+from m5.serving.rights import Grant, RightsMasks
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,7 @@ class LaunchedTitle:
         content_G: float32, the content arrays that the model reads, side by side.
         category: vocabulary index, 0 = unknown.
         released: seconds since the epoch.
-        grants: who may play it, release dates included; nobody where there is none. Of no meaning in an artifact
-            without rights.
+        grants: who may play it, release dates included; `[Grant()]` is everybody at all times, none is nobody.
         poster: path of its artwork, or None.
     """
 
@@ -96,47 +96,51 @@ def grants(rights: pd.DataFrame | None, released: int | None, manifest: Manifest
 @torch.inference_mode()
 def content_keys(artifact: Artifact, content_XG: Tensor) -> tuple[Tensor, Tensor]:
     """float32 [X, G] content vectors -> CG embeddings [X, D] and keys [X, Q] of titles without ID embedding."""
-    weights, prefix = artifact.weights, "embedding.content"
-    hidden_XH = functional.linear(content_XG, weights[f"{prefix}.hidden.weight"], weights[f"{prefix}.hidden.bias"])
-    output_XD = functional.linear(
-        functional.gelu(hidden_XH), weights[f"{prefix}.output.weight"], weights[f"{prefix}.output.bias"]
-    )
-    norm = nn.LayerNorm(output_XD.shape[1], bias=False)
-    norm.load_state_dict({"weight": weights[f"{prefix}.norm.weight"]})
-    cg_XD = norm(output_XD)
+    prefix = "embedding.content."
+    weights = {key.removeprefix(prefix): value for key, value in artifact.weights.items() if key.startswith(prefix)}
+    projection = ContentProjection(content_NG=content_XG, width=artifact.manifest.model.width)
+    projection.load_state_dict(weights)
+    cg_XD = projection(torch.arange(len(content_XG)))
     id_XD = artifact.title_arrays["special_id"][UNKNOWN].expand_as(cg_XD)
     return cg_XD, artifact.user_tower().matching.key(id_XD, cg_XD)
 
 
-def add_titles(folder: Path, launched: Sequence[LaunchedTitle]) -> Artifact:
+def add_titles(folder: Path, launched: Sequence[LaunchedTitle], *, weights: str | None = None) -> Artifact:
     """Write the artifact anew with more titles behind the last one, and let it take the old one's place.
 
+    Args:
+        folder: of the artifact.
+        launched: what is added.
+        weights: `weights_sha256` of the artifact that the titles' vectors were made for; None: they fit whatever is
+            there now.
+
     Raises:
-        DataError: no whole artifact, a model without content branch, vectors of another width, or a title that it has.
+        ConfigError: another process writes to it.
+        DataError: no whole artifact, a model without content branch, one of other weights, vectors of another width or
+            of zeros, or a title that it has.
     """
-    artifact = Artifact(folder)
-    _refuse(artifact, launched)
-    temporary = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(folder, temporary)
-    try:
-        _extend_titles(artifact, launched, temporary)
-        manifest = artifact.manifest.model_copy(update={"n_titles": artifact.manifest.n_titles + len(launched)})
-        if artifact.rights is not None:
-            rights = artifact.rights.with_titles([one.grants for one in launched])
-            save_numpy(rights.arrays(), temporary / files.RIGHTS)
-            manifest = manifest.model_copy(update={"rights": rights.header.model_dump(mode="json")})
-        _extend_posters(artifact, launched, temporary)
-        (temporary / files.CARD).write_text(model_card(manifest))
-        files.seal(temporary, manifest)
-        put_in_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return Artifact(folder)
+    with one_writer(folder):
+        artifact = Artifact(folder)
+        if weights not in (None, artifact.manifest.weights_sha256):
+            raise DataError(f"{folder} was exported from another run meanwhile. Run the command again.")
+        _refuse(artifact, launched)
+        with replacing(folder) as target:
+            shutil.copytree(folder, target, dirs_exist_ok=True)
+            _extend_titles(artifact, launched, target)
+            _extend_posters(artifact, launched, target)
+            manifest = artifact.manifest.model_copy(
+                update={
+                    "n_titles": artifact.manifest.n_titles + len(launched),
+                    "rights": _extended_rights(artifact, launched, target),
+                }
+            )
+            (target / files.CARD).write_text(model_card(manifest))
+            files.seal(target, manifest)
+        return Artifact(folder)
 
 
 def _refuse(artifact: Artifact, launched: Sequence[LaunchedTitle]) -> None:
-    width = artifact.manifest.content_width
+    width, kinds = artifact.manifest.content_width, ", ".join(artifact.manifest.model.content)
     if not width:
         raise DataError(
             f"{artifact.folder}: its model has no content branch, so a title is nothing to it but its watches."
@@ -148,6 +152,23 @@ def _refuse(artifact: Artifact, launched: Sequence[LaunchedTitle]) -> None:
                 f"title '{one.title_id}': content vectors of shape {one.content_G.shape}, where the model reads "
                 f"{width} finite numbers: the artifact belongs to another dataset, or to other content settings."
             )
+        if not one.content_G.any():
+            raise DataError(
+                f"title '{one.title_id}': nothing that the model reads ({kinds}) is known of it, so it would be placed "
+                "at random. Describe it: graph is made of text, artwork and metadata."
+            )
+
+
+def _extended_rights(artifact: Artifact, launched: Sequence[LaunchedTitle], target: Path) -> dict[str, Any] | None:
+    """Write the rights of all titles; their header, or None where everybody may play everything at all times."""
+    masks = artifact.rights
+    if masks is None:
+        if all(list(one.grants) == [Grant()] for one in launched):
+            return None
+        masks = RightsMasks.compiled(None, artifact.manifest.n_titles)
+    rights = masks.with_titles([one.grants for one in launched])
+    save_numpy(rights.arrays(), target / files.RIGHTS)
+    return rights.header.model_dump(mode="json")
 
 
 def _extend_titles(artifact: Artifact, launched: Sequence[LaunchedTitle], target: Path) -> None:
@@ -155,7 +176,8 @@ def _extend_titles(artifact: Artifact, launched: Sequence[LaunchedTitle], target
     cg_XD, key_XQ = content_keys(artifact, content_XG)
     arrays = dict(artifact.title_arrays)
     id_XD = arrays["special_id"][UNKNOWN].expand_as(cg_XD)
-    added = {"id_ND": id_XD, "cg_ND": cg_XD, **stored_keys(key_XQ, int8=artifact.manifest.keys == "int8")}
+    int8 = artifact.manifest.keys == "int8"
+    added = {"id_ND": id_XD, "cg_ND": cg_XD, **stored_keys(key_XQ, int8)}
     joined = {name: torch.cat([arrays[name], rows]) for name, rows in added.items()}
     save_file({name: array.contiguous() for name, array in (arrays | joined).items()}, target / files.TITLES)
     rows = pd.DataFrame(
@@ -171,8 +193,8 @@ def _extend_titles(artifact: Artifact, launched: Sequence[LaunchedTitle], target
     )
     pd.concat([artifact.titles, rows], ignore_index=True).to_parquet(target / files.TITLE_TABLE, index=False)
     if (kind := artifact.manifest.index) is not None:
-        index = restored_index(artifact.key_NQ.numpy(), kind, artifact.index_state).with_titles(key_XQ.numpy())
-        save_numpy(index.state(), target / files.INDEX)
+        index = restored_index(artifact.key_NQ.numpy(), kind, artifact.index_state)
+        save_numpy(index.with_titles(stored_again(key_XQ, int8)).state(), target / files.INDEX)
 
 
 def _extend_posters(artifact: Artifact, launched: Sequence[LaunchedTitle], target: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,17 @@ from m5.serving.retriever import Ask, Retriever
 from m5.viewer import Viewer
 
 log = logging.getLogger("m5.serve")
+FIRST_WAIT, LONGEST_WAIT = 2.0, 60.0  # seconds until a refused artifact is looked at again; each wait is twice the last
+ATTEMPTS = 3  # to begin with an artifact that is being replaced
+
+
+class _Refusal(NamedTuple):
+    """Of what artifact, why, and when it is looked at again: it may have been copied halfway."""
+
+    stamp: str
+    reason: str
+    wait: float
+    again: float
 
 
 class Current:
@@ -26,7 +38,7 @@ class Current:
         folder: of the artifact, watched.
         kind: of the index.
         compiled: as of `Retriever`.
-        observe: told "ok" or "refused" of every new artifact.
+        observe: told "ok" or "refused" of every new artifact, the latter again where the reason changes.
 
     Raises:
         DataError: there is no whole artifact to begin with.
@@ -41,43 +53,65 @@ class Current:
         compiled: bool = False,
     ):
         self.folder, self.kind, self.observe, self.compiled = folder, kind, observe, compiled
-        self.seen = self._stamp()
-        self.retriever = self._load()
+        self._refusal: _Refusal | None = None
+        self.retriever = self._first()
         self.loaded_at = time.time()
-        self.refused: str | None = None
 
-    def _stamp(self) -> bytes:
-        """What changes with the artifact; empty while one takes the other's place."""
+    @property
+    def refused(self) -> str | None:
+        """What is wrong with the artifact that lies there; None where it is the one that answers."""
+        return "the newest artifact is damaged, or of another version" if self._refusal else None
+
+    def _stamp(self) -> str:
+        """Digest of the artifact that lies there; empty while one takes the other's place."""
         try:
-            return (self.folder / MANIFEST_DIGEST).read_bytes()
+            return (self.folder / MANIFEST_DIGEST).read_bytes().strip().decode("latin-1")
         except OSError:
-            return b""
+            return ""
 
     def _load(self) -> Retriever:
         retriever = Retriever(Artifact(self.folder), self.kind, compiled=self.compiled)
         warm_up(retriever)
         return retriever
 
+    def _first(self) -> Retriever:
+        for _ in range(ATTEMPTS - 1):
+            stamp = self._stamp()
+            try:
+                return self._load()
+            except Exception:
+                if self._stamp() == stamp:
+                    raise
+        return self._load()
+
     def look(self) -> bool:
         """Take a changed artifact over, if it is whole; whether one was. Meant for a thread of its own."""
-        stamp = self._stamp()
-        if not stamp or stamp == self.seen:
+        stamp, refusal = self._stamp(), self._refusal
+        if not stamp:
             return False
-        self.seen = stamp
+        if stamp == self.retriever.artifact.digest:
+            self._refusal = None
+            return False
+        if refusal is not None and refusal.stamp == stamp and time.monotonic() < refusal.again:
+            return False
         try:
             retriever = self._load()
         except Exception as error:  # whatever is wrong with it: the one that answers goes on
-            reason = str(error) if isinstance(error, DataError) else type(error).__name__
-            log.error("a new artifact was refused, the present one goes on: %s", reason)
-            self.refused = "the newest artifact is damaged, or of another version"
-            self.observe("refused")
-            if self._stamp() != stamp:
-                self.seen = b""  # it was replaced while it was read: look again
+            if self._stamp() == stamp:  # else it was replaced while it was read: the next look is at another one
+                self._refuse(stamp, str(error) if isinstance(error, DataError) else type(error).__name__)
             return False
-        self.retriever, self.loaded_at, self.refused = retriever, time.time(), None
+        self.retriever, self.loaded_at, self._refusal = retriever, time.time(), None
         log.info("now answering: artifact %s", retriever.artifact.digest[:12])
         self.observe("ok")
         return True
+
+    def _refuse(self, stamp: str, reason: str) -> None:
+        before = self._refusal if self._refusal is not None and self._refusal.stamp == stamp else None
+        if before is None or before.reason != reason:
+            log.error("a new artifact was refused, the present one goes on: %s", reason)
+            self.observe("refused")
+        wait = FIRST_WAIT if before is None else min(2 * before.wait, LONGEST_WAIT)
+        self._refusal = _Refusal(stamp, reason, wait, time.monotonic() + wait)
 
     async def watch(self, seconds: float) -> None:
         """Look again and again."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +14,6 @@ import torch
 import uvicorn
 
 from m5.config import ConfigError
-from m5.serving.artifact import Artifact
 from m5.serving.index import IndexKind
 from m5.serving.service import Settings, build_app
 
@@ -36,7 +37,8 @@ def serve(
     """Answer until SIGTERM or Ctrl-C; requests in flight are answered first.
 
     Args:
-        now: `dataset` stops the clock at the dataset's last event, where rights and releases are as they were then.
+        now: `dataset` stops the clock at the dataset's last event, where rights and releases are as they were then; a
+            new artifact brings its own.
 
     Raises:
         DataError: no whole artifact.
@@ -46,7 +48,6 @@ def serve(
         raise ConfigError(f"--rate {rate:g}: give a number above 0, or leave it out for no limit.")
     if threads is not None:
         torch.set_num_threads(threads)
-    stopped_at = Artifact(artifact).manifest.now if now == "dataset" else None
     settings = Settings(
         index=index,
         compiled=compiled,
@@ -54,29 +55,36 @@ def serve(
         queue=queue,
         rate=rate,
         api_keys=read_keys(api_keys) if api_keys is not None else [],
-        clock=time.time if stopped_at is None else lambda: float(stopped_at),
+        clock=time.time if now == "clock" else None,
     )
     listener = listen(host, port)
-    speak()
-    app = build_app(artifact, settings)
-    address = f"[{host}]" if ":" in host else host
-    listener.listen()  # who reads the next line may ask at once
-    url = f"http://{address}:{listener.getsockname()[1]}/"
-    print(f"answering at {url}  (the API: /openapi.json; Ctrl-C ends it)", flush=True)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+    with speaking():
+        app = build_app(artifact, settings)
+        address = f"[{host}]" if ":" in host else host
+        listener.listen()  # who reads the next line may ask at once
+        url = f"http://{address}:{listener.getsockname()[1]}/"
+        print(f"answering at {url}  (the API: /openapi.json; Ctrl-C ends it)", flush=True)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE
+        )
+        uvicorn.Server(config).run(sockets=[listener])
     return 0
 
 
-def speak() -> None:
-    """Let the service's own log be seen, whatever libraries have done with the root logger."""
+@contextlib.contextmanager
+def speaking() -> Iterator[None]:
+    """Let the service's own log be seen meanwhile, whatever libraries have done with the root logger."""
     log = logging.getLogger("m5.serve")
+    before = log.handlers, log.propagate, log.level
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.handlers, log.propagate = before[:2]
+        log.setLevel(before[2])
 
 
 def read_keys(path: Path) -> list[str]:

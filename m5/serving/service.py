@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from starlette.types import ASGIApp
 from m5.serving import api
 from m5.serving.batching import Batcher, Busy
 from m5.serving.index import IndexKind
-from m5.serving.limits import ApiKeys, Limits, RateLimit
+from m5.serving.limits import CHARGE, ApiKeys, Limits, RateLimit
 from m5.serving.measures import Measures
 from m5.serving.reload import Current
 from m5.serving.retriever import Answer, Ask, Retriever
@@ -28,6 +29,7 @@ PAGE = Path(__file__).parent / "page"
 TYPES = {".css": "text/css", ".js": "text/javascript"}
 ASSETS = {path.name: TYPES[path.suffix] for path in PAGE.iterdir() if path.suffix in TYPES}
 EXPLAINED_TITLES, EXPLAINED_BEHAVIOURS, CARRIERS, TAKEN_AWAY = 60, 24, 3, 12
+LEAST_BURST = 20  # requests at once however low the rate: the page asks for about five before it shows anything
 Responses = dict[int | str, dict[str, Any]]  # by status, for OpenAPI
 MISTAKES = 10  # of a malformed body that are told
 POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -45,7 +47,7 @@ class Settings:
         largest_body: bytes.
         rate: requests per second of a client, None: no limit.
         api_keys: none: everybody may ask.
-        clock: what "now" is, in seconds.
+        clock: what "now" is, in seconds; None: the time of the dataset's last event, of whichever artifact answers.
         look_every: seconds between looks at the artifact's folder.
     """
 
@@ -56,7 +58,7 @@ class Settings:
     largest_body: int = 2**20
     rate: float | None = None
     api_keys: list[str] = field(default_factory=list)
-    clock: Callable[[], float] = time.time
+    clock: Callable[[], float] | None = time.time
     look_every: float = 2.0
 
 
@@ -73,7 +75,8 @@ def build_app(artifact: Path, settings: Settings = Settings()) -> ASGIApp:
     service.add_routes(app)
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(Exception, _fault)
-    keys, rate = ApiKeys(settings.api_keys), RateLimit(settings.rate, burst=max(1, int(2 * (settings.rate or 1))))
+    keys = ApiKeys(settings.api_keys)
+    rate = RateLimit(settings.rate, burst=max(LEAST_BURST, int(2 * (settings.rate or 0))))
     return service.measured(Limits(app, keys=keys, rate=rate, largest=settings.largest_body))
 
 
@@ -128,10 +131,14 @@ class Service:
         return run
 
     def add_routes(self, app: FastAPI) -> None:
-        app.post("/v1/recommend", responses=problems(400, 422))(self.recommend)
-        app.post("/v1/recommend/batch", responses=problems(400, 422))(self.recommend_batch)
+        app.post("/v1/recommend", response_model=api.RecommendAnswer, responses=problems(400, 422))(self.recommend)
+        app.post("/v1/recommend/batch", response_model=api.BatchAnswer, responses=problems(400, 422))(
+            self.recommend_batch
+        )
         app.get("/v1/titles", responses=problems(422))(self.search_titles)
-        app.get("/v1/titles/{title_id:path}/similar", responses=problems(404, 422))(self.similar)
+        app.get("/v1/titles/{title_id:path}/similar", response_model=api.SimilarAnswer, responses=problems(404, 422))(
+            self.similar
+        )
         image: Responses = {200: {"content": {"image/jpeg": {}}}}
         app.get("/v1/titles/{title_id:path}/poster", response_class=Response, responses=image | problems(404, 422))(
             self.poster
@@ -147,53 +154,74 @@ class Service:
 
     # ---- recommendations -------------------------------------------------------------------------------------
 
-    async def recommend(self, body: api.RecommendBody) -> api.RecommendAnswer:
+    async def recommend(self, body: api.RecommendBody, request: Request) -> Response:
         """The best titles for a viewer, among those that the viewer may play."""
         retriever = self.current.retriever
         ask, ignored = self._ask(retriever, body)
-        (answer,) = await self._answers(retriever, [ask])
-        carriers = taken_away = None
-        if body.explain:
-            carriers, taken_away = await self.batcher.run(self._explain, retriever, ask, answer)
-        self._count(ask, answer, ignored, retriever)
-        return api.to_answer(retriever, ask, answer, ignored, carriers, taken_away)
+        if not body.explain:
+            finish = partial(self._text, retriever, [(ask, ignored)])
+            (text,) = await self._worked(request, self.batcher.ask(retriever, [ask], finish))
+            return json_response(text)
+        (answer,) = await self._worked(request, self.batcher.ask(retriever, [ask]))
+        return json_response(
+            await self._worked(request, self.batcher.run(self._explained, retriever, ask, ignored, answer))
+        )
 
-    async def recommend_batch(self, body: api.BatchBody) -> api.BatchAnswer:
+    async def recommend_batch(self, body: api.BatchBody, request: Request) -> Response:
         """The same for several viewers. Explanations are for single requests only."""
-        if any(request.explain for request in body.requests):
+        if any(one.explain for one in body.requests):
             raise HTTPException(422, "explain: ask for explanations with POST /v1/recommend")
+        request.scope[CHARGE](len(body.requests) - 1)  # each viewer is a request of the client's
         retriever = self.current.retriever
-        pairs = [self._ask(retriever, request) for request in body.requests]
-        answers = await self._answers(retriever, [ask for ask, _ in pairs])
-        shown = []
-        for (ask, ignored), answer in zip(pairs, answers, strict=True):
-            self._count(ask, answer, ignored, retriever)
-            shown.append(api.to_answer(retriever, ask, answer, ignored))
-        return api.BatchAnswer(answers=shown)
+        pairs = await asyncio.to_thread(lambda: [self._ask(retriever, one) for one in body.requests])
+        asks = [ask for ask, _ in pairs]
+        texts = await self._worked(request, self.batcher.ask(retriever, asks, partial(self._text, retriever, pairs)))
+        return json_response(b'{"answers":[' + b",".join(texts) + b"]}")
 
     def _ask(self, retriever: Retriever, body: api.RecommendBody) -> tuple[Ask, api.Ignored]:
         try:
-            return api.to_ask(retriever, body, int(self.settings.clock()))
+            return api.to_ask(retriever, body, self._now(retriever))
         except api.UnknownName as error:
             raise HTTPException(422, str(error)) from None
 
-    async def _answers(self, retriever: Retriever, asks: list[Ask]) -> list[Answer]:
-        try:
-            return await self.batcher.ask(retriever, asks)
-        except Busy:
-            raise HTTPException(429, "too many requests wait already", {"Retry-After": "1"}) from None
+    def _now(self, retriever: Retriever) -> int:
+        return retriever.manifest.now if self.settings.clock is None else int(self.settings.clock())
 
     @staticmethod
-    def _explain(retriever: Retriever, ask: Ask, answer: Answer):
+    async def _worked(request: Request, work: Awaitable[Any]) -> Any:
+        """What the model's thread gives, unless too much waits for it already, or the client hangs up."""
+        working, listening = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(request))
+        listening.add_done_callback(lambda _: working.cancel())
+        try:
+            return await working
+        except Busy:
+            raise HTTPException(429, "too many requests wait already", {"Retry-After": "1"}) from None
+        except asyncio.CancelledError:
+            if listening.done():
+                raise HTTPException(499, "the client has hung up") from None  # nobody reads it; it is counted
+            raise
+        finally:
+            listening.cancel()
+
+    def _text(self, retriever: Retriever, pairs: list[tuple[Ask, api.Ignored]], place: int, answer: Answer) -> bytes:
+        """JSON of an answer, made on the model's thread: a thousand titles would keep the event loop."""
+        ask, ignored = pairs[place]
+        text = api.to_answer(retriever, ask, answer, ignored).model_dump_json().encode()
+        self._count(ask, answer, ignored, retriever)
+        return text
+
+    def _explained(self, retriever: Retriever, ask: Ask, ignored: api.Ignored, answer: Answer) -> bytes:
         shown = answer.title[:EXPLAINED_TITLES]
         carriers = retriever.carriers(ask.viewer, shown, behaviours=EXPLAINED_BEHAVIOURS, count=CARRIERS)
         carriers += [[] for _ in answer.title[EXPLAINED_TITLES:]]
         worst = float(answer.score[-1]) if len(answer.score) else -np.inf
-        return carriers, retriever.taken_away(ask, worst, TAKEN_AWAY)
+        taken_away = retriever.taken_away(ask, worst, TAKEN_AWAY)
+        self._count(ask, answer, ignored, retriever)
+        return api.to_answer(retriever, ask, answer, ignored, carriers, taken_away).model_dump_json().encode()
 
     def _count(self, ask: Ask, answer: Answer, ignored: api.Ignored, retriever: Retriever) -> None:
         measures = self.measures
-        cold = int(retriever.titles["cold"].to_numpy()[answer.title].sum())
+        cold = int(retriever.cold_N[answer.title].sum())
         measures.titles.labels("cold").inc(cold)
         measures.titles.labels("warm").inc(len(answer.title) - cold)
         measures.short.inc(len(answer.title) < ask.k)
@@ -210,10 +238,12 @@ class Service:
 
     async def similar(
         self,
+        request: Request,
         title_id: str,
         k: Annotated[int, Query(ge=1, le=api.MAX_K)] = 20,
         scenario: Annotated[list[str], Query(max_length=api.MAX_VALUES, description="name:value, e.g. region:US")] = [],  # noqa: B006
-    ) -> api.SimilarAnswer:
+        timestamp: Annotated[api.Seconds | None, Query(description="The service's clock unless given.")] = None,
+    ) -> Response:
         """Titles with the most similar keys, among those that may be played in a scenario."""
         retriever = self.current.retriever
         place = self._title(retriever, title_id)
@@ -224,14 +254,12 @@ class Service:
             if not colon or vocabulary is None:
                 raise HTTPException(422, "scenario: give each as name:value, with a name that GET /v1/info lists")
             indices[name] = vocabulary.index(value)
-        at = int(self.settings.clock())
-        titles, cosines = await self.batcher.run(retriever.similar, place, k, indices, at)
-        cold = retriever.titles["cold"].to_numpy()
-        shown = [
-            api.SimilarTitle(**api.named(retriever, title), cold=bool(cold[title]), cosine=cosine)
-            for title, cosine in zip(titles.tolist(), cosines.tolist(), strict=True)
-        ]
-        return api.SimilarAnswer(titles=shown, artifact=api.short_digest(retriever))
+        at = self._now(retriever) if timestamp is None else timestamp
+
+        def text() -> str:
+            return api.to_similar(retriever, *retriever.similar(place, k, indices, at)).model_dump_json()
+
+        return json_response(await self._worked(request, self.batcher.run(text)))
 
     async def search_titles(
         self,
@@ -243,8 +271,7 @@ class Service:
         retriever = self.current.retriever
         if id:
             return [api.named(retriever, retriever.place[one]) for one in id if one in retriever.place][:limit]
-        names = retriever.titles["title"].str.contains(q, case=False, regex=False, na=False).to_numpy()
-        return [api.named(retriever, int(title)) for title in np.flatnonzero(names)[:limit]]
+        return [api.named(retriever, title) for title in await asyncio.to_thread(retriever.find, q, limit)]
 
     async def poster(self, title_id: str) -> Response:
         """The title's artwork as JPEG."""
@@ -253,7 +280,8 @@ class Service:
         image = retriever.posters[place] if retriever.posters is not None else b""
         if not image:
             raise HTTPException(404, "this title has no poster")
-        return Response(image, media_type="image/jpeg", headers={"Cache-Control": "public, max-age=3600"})
+        whose = "private" if self.settings.api_keys else "public"  # a shared cache would give it to those without a key
+        return Response(image, media_type="image/jpeg", headers={"Cache-Control": f"{whose}, max-age=3600"})
 
     # ---- about the service -----------------------------------------------------------------------------------
 
@@ -270,7 +298,7 @@ class Service:
             "name": manifest.name,
             "artifact": api.short_digest(retriever),
             "created": manifest.created,
-            "now": int(self.settings.clock()),
+            "now": self._now(retriever),
             "titles": manifest.n_titles,
             "categories": manifest.categories.values,
             **{group: {v.name: v.values for v in vocabularies} for group, vocabularies in groups.items()},
@@ -306,6 +334,17 @@ class Service:
         if name not in ASSETS:
             raise HTTPException(404, "no such file")
         return FileResponse(PAGE / name, media_type=ASSETS[name])
+
+
+async def _hung_up(request: Request) -> None:
+    """Returns once the client does, or sends more than it may, which the limits see too."""
+    with contextlib.suppress(Exception):
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+
+def json_response(text: str | bytes) -> Response:
+    return Response(text, media_type="application/json")
 
 
 def problems(*statuses: int) -> Responses:

@@ -33,8 +33,7 @@ class Found(NamedTuple):
 
     def put(self, row: int, score_C: np.ndarray, title_C: np.ndarray) -> None:
         """Write the best of float32 [C] scores of int64 [C] titles into one row; what is -inf is left out."""
-        order = np.lexsort((title_C, -score_C))[: self.title_BR.shape[1]]
-        order = order[score_C[order] > -np.inf]
+        order = descending(score_C, title_C)[: self.title_BR.shape[1]]
         self.score_BR[row, : len(order)] = score_C[order]
         self.title_BR[row, : len(order)] = title_C[order]
 
@@ -142,3 +141,16 @@ def best(score_N: np.ndarray, count: int) -> np.ndarray:
         return place.numpy()
     above = np.flatnonzero(score_N > last)
     return np.concatenate([above, np.flatnonzero(score_N == last)[: count - len(above)]])
+
+
+def descending(score_C: np.ndarray, title_C: np.ndarray) -> np.ndarray:
+    """int64 places of float32 [C] scores, the best first, of equal ones the first title; what is -inf is left out."""
+    order = np.lexsort((title_C, -score_C))
+    return order[score_C[order] > -np.inf]
+
+
+def ranked(score_N: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 titles of the best float32 [N] scores and their scores, in order; at most `count`, none that is -inf."""
+    title_C = best(score_N, count)
+    title_C = title_C[descending(score_N[title_C], title_C)]
+    return title_C, score_N[title_C]

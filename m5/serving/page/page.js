@@ -14,9 +14,13 @@ import * as choice from "./state.js";
 const ASKED = 200; // titles of an answer
 const FOUND = 8; // titles of a search
 const SIDE_BY_SIDE = 6; // values of a switch; more become a list
+const STRAYS = 4; // answers of other artifacts until the visitor is asked
+const PAUSE = 500; // milliseconds before the second start; each pause is longer by as much
 
 let info, viewers; // of the service
 let shown = null; // the front on the page
+let fresh = true; // whether the next front follows another viewer, with whom there is nothing to compare
+let strays = 0; // answers in turn that came from another artifact than `info`
 let newest = new AbortController(); // of the newest request: only its answer is drawn
 let searching = new AbortController();
 
@@ -54,7 +58,7 @@ function change(how, { another = false } = {}) {
   how();
   choice.writeHash();
   drawControls();
-  if (another) shown = null;
+  if (another) fresh = true;
   return attempt(refresh);
 }
 
@@ -73,14 +77,27 @@ async function refresh() {
   const milliseconds = Math.round(performance.now() - began);
   await naming;
   signal.throwIfAborted();
-  if (answer.artifact !== info.artifact) return start(); // it was replaced: other values, other titles
+  if (answer.artifact !== info?.artifact) return startAgain(signal);
+  strays = 0;
   remember(answer.titles);
   remember(answer.taken_away ?? []);
-  const front = arranged(answer, info, shown);
-  const changes = draw(front, shown, { history: body.history, present: choice.present() });
-  drawNumbers(front, milliseconds, shown && changes);
-  shown = front;
+  const before = fresh ? null : shown;
+  const front = arranged(answer, info, before);
+  const changes = draw(front, before, { history: body.history, present: choice.present() });
+  drawNumbers(front, milliseconds, before && changes);
+  [shown, fresh] = [front, false];
   $("main").ariaBusy = "false";
+}
+
+/** The artifact was replaced (other values, other titles), or behind this address are several that differ. */
+async function startAgain(signal) {
+  if (strays === STRAYS) {
+    strays = 0;
+    throw new Refusal("Several services answer here, each from another artifact.");
+  }
+  await new Promise((done) => setTimeout(done, PAUSE * strays++));
+  signal.throwIfAborted();
+  return start();
 }
 
 function drawNumbers({ eligible }, milliseconds, changes) {
@@ -183,11 +200,10 @@ function walkFound(event) {
 // ---- clicks and the start --------------------------------------------------------------------------------------------
 
 const acts = {
-  open: (id) =>
-    openPanel(id, shown, {
-      scenario: choice.requestBody().scenario,
-      watched: choice.history().map((watched) => watched.title_id),
-    }),
+  open: (id) => {
+    const { scenario, timestamp, history } = choice.requestBody();
+    openPanel(id, shown, { scenario, timestamp, watched: history.map((watched) => watched.title_id) });
+  },
   watched: (id) => {
     $("panel").close();
     if (!$("found").hidden) $("search").focus();
@@ -226,7 +242,7 @@ async function start() {
   choice.readHash();
   makeControls();
   drawControls();
-  shown = null;
+  fresh = true;
   await refresh();
 }
 

@@ -16,7 +16,7 @@ let newest = new AbortController(); // of the newest panel's request
 /**
  * @param {string} id
  * @param {Front} front what is on the page
- * @param {{scenario: Object<string, string>, watched: string[]}} viewer
+ * @param {{scenario: Object<string, string>, watched: string[], timestamp?: number}} viewer
  */
 export async function openPanel(id, front, viewer) {
   const title = [...front.titles, ...front.lost].find((other) => other.title_id === id) ?? known(id);
@@ -34,7 +34,8 @@ export async function openPanel(id, front, viewer) {
   newest.abort();
   newest = new AbortController();
   const scenario = Object.entries(viewer.scenario).map((pair) => ["scenario", pair.join(":")]);
-  const query = new URLSearchParams([["k", SIMILAR], ...scenario]);
+  const when = viewer.timestamp === undefined ? [] : [["timestamp", viewer.timestamp]];
+  const query = new URLSearchParams([["k", SIMILAR], ...when, ...scenario]);
   try {
     const { titles } = await ask(`/v1/titles/${encodeURIComponent(id)}/similar?${query}`, { signal: newest.signal });
     remember(titles);

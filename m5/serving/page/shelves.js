@@ -81,6 +81,7 @@ function toShelves(titles, lost, threads, info) {
 // ---- drawing ---------------------------------------------------------------------------------------------------------
 
 const cards = new Map(); // "shelf/title id" -> its element
+let headings = 0; // so far: each has its number as an id, since ids of titles and names of categories may hold spaces
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
 /**
@@ -184,7 +185,7 @@ function newSection(id, shelf) {
       row.scrollBy({ left: 0.8 * sign * row.clientWidth, behavior: still.matches ? "auto" : "smooth" });
     return make("button", { type: "button", className: "arrow", tabIndex: -1, "aria-hidden": "true", onclick }, label);
   };
-  const heading = make("h2", { id: `${id}-heading` }, shelf.thread ? make("i") : null, shelf.heading);
+  const heading = make("h2", { id: `heading-${++headings}` }, shelf.thread ? make("i") : null, shelf.heading);
   const head = make(
     "div",
     { className: "heading" },
