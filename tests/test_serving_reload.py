@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +171,21 @@ def test_the_datasets_time_is_that_of_the_artifact_that_answers(folder: Path, tm
         shutil.rmtree(artifact)
         other.rename(artifact)
         until(lambda: client.get("/v1/info").json()["now"] == manifest.now + 86_400)
+
+
+def test_a_replaced_artifact_leaves_memory_without_the_garbage_collector(folder: Path, tmp_path: Path) -> None:
+    """Which does not look at what was there when the service began."""
+    artifact = tmp_path / "artifact"
+    export(folder / "run", artifact, PLAIN)
+    current = Current(artifact, "exact")
+    old = [weakref.ref(part) for part in (current.retriever, current.retriever.key_NQ, current.retriever.tower)]
+    export(folder / "run", artifact, Options(int8=True, program=False))
+    gc.disable()
+    try:
+        assert current.look()
+        assert [part() for part in old] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_no_answer_is_lost_or_mixed_while_folders_are_swapped(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
 from m5.cli import main
@@ -288,6 +290,16 @@ def test_a_service_that_could_not_start_leaves_the_log_as_it_was(folder: Path) -
     before = log.handlers, log.propagate, log.level
     assert main(["serve", str(folder / "run"), "--port", "0"]) == 2
     assert (log.handlers, log.propagate, log.level) == before and log.propagate
+
+
+def test_what_is_loaded_is_kept_from_the_garbage_collector(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: frozen.append(gc.get_freeze_count()))
+    try:
+        assert main(["serve", str(folder / "artifact"), "--port", "0"]) == 0
+    finally:
+        gc.unfreeze()
+    assert frozen[0] > 100_000
 
 
 def test_keys_of_a_file(tmp_path: Path) -> None:
