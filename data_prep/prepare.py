@@ -32,9 +32,9 @@ from data_prep.write import (
     content_hash,
     keep_content,
     refuse_foreign_folder,
-    replace_folder,
     temporary_sibling,
 )
+from m5.folders import put_in_place
 from m5.schema import ALWAYS, TRAIN, DataError, Intensity, Manifest, Split, Vocabulary
 
 Progress = Callable[[str], None]
@@ -251,7 +251,7 @@ def prepare_dataset(
         manifest = manifest.model_copy(update={"content_hash": content_hash(folder, manifest)})
         manifest = keep_content(out, folder, manifest)
         manifest.write(folder)
-        replace_folder(folder, out)
+        put_in_place(folder, out)
     progress(f"{manifest.name}: {manifest.n_events:,} events, {manifest.n_users:,} users, {manifest.n_titles:,} titles")
     return manifest
 
@@ -307,7 +307,7 @@ def prepare_all(
         else:
             progress("no title has artwork: image vectors are skipped")
         build_graph(data)
-        replace_folder(data, out)
+        put_in_place(data, out)
     manifest = Manifest.read(out)
     for note in manifest.notes:
         progress(f"note: {note}")

@@ -1,4 +1,4 @@
-"""Writing a prepared dataset: hash of its content, and the swap that never leaves half of one."""
+"""Writing a prepared dataset: hash of its content, and where it is written."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from m5.folders import recover
 from m5.schema import MANIFEST, DataError, Manifest
 
 BYTES_PER_READ = 1 << 24
@@ -49,6 +50,7 @@ def content_hash(folder: Path, manifest: Manifest) -> str:
 
 def refuse_foreign_folder(out: Path) -> None:
     """Raises DataError where `out` exists and is something else than a prepared dataset: it would be replaced."""
+    recover(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file()):
         raise DataError(
             f"{out} exists and is not a prepared dataset (it has no {MANIFEST}), so it is not overwritten. Choose "
@@ -87,14 +89,3 @@ def keep_content(out: Path, fresh: Path, manifest: Manifest) -> Manifest:
     if (out / "metagraph.npz").is_file():
         shutil.copy2(out / "metagraph.npz", fresh / "metagraph.npz")
     return manifest.model_copy(update={"encoders": before.encoders})
-
-
-def replace_folder(fresh: Path, out: Path) -> None:
-    """Move `fresh` to `out`; what was there before goes only once the new one is in place."""
-    out = out.resolve()  # a link stays one
-    old = out.parent / f".{out.name}.replaced"
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    fresh.rename(out)
-    shutil.rmtree(old, ignore_errors=True)

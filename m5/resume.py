@@ -20,7 +20,7 @@ from m5.best import BEST, content_digest
 from m5.checkpoint import Checkpoints
 from m5.checkpoint_files import checkpoints_in, newest
 from m5.config import ConfigError, RunConfig, TrainingConfig
-from m5.folders import holding
+from m5.folders import holding, recover
 from m5.parallel import World
 from m5.ranks import on_first
 from m5.schema import PreparedDataset
@@ -156,6 +156,7 @@ def _take(stack: ExitStack, config: RunConfig, resume: Resume, restarted: bool, 
     _refuse_foreign(out)
     out.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(out / LOCK, "training"))
+    recover(out / BEST)
     # What this very job has begun it goes on with. A job that was refused, and that torchrun starts again all the same,
     # has begun nothing.
     own = restarted and (out / JOB).is_file() and (out / JOB).read_text() == job

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import shlex
 import subprocess
 import sys
@@ -171,18 +170,3 @@ def test_options_reach_the_evaluation(
     assert received["json"] == Path("F")
     assert received["rows"] == {"m5-mlp": Path("OTHER")}
     assert received["filter_seen"] is expected
-
-
-@pytest.mark.slow
-def test_the_demo_leaves_every_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("M5_CACHE", str(tmp_path / "cache"))
-    assert main(shlex.split(f"demo --users 150 --titles 150 --events 1500 --out {tmp_path / 'demo'}")) == 0
-    models = json.loads((tmp_path / "demo/evaluation.json").read_text())["models"]
-    assert set(models) == {"m5", "m5-id-only", "m5-mlp", "popularity", "item-knn", "ease", "oracle"}
-    assert all(0 <= row["overall"]["ndcg@10"] <= row["overall"]["hr@10"] <= 1 for row in models.values())
-    assert {"plan=ads", "plan=premium"} <= set(models["m5"]["scenarios"])
-    printed = capsys.readouterr().out
-    assert "plan=ads" in printed
-    assert "plan=premium" in printed

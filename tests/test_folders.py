@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.write import replace_folder, temporary_sibling
+from data_prep.write import temporary_sibling
 from m5 import folders
 from m5.config import ConfigError
 from m5.folders import holding, put_in_place, recover, replacing
@@ -140,7 +140,7 @@ def test_a_link_to_a_prepared_dataset_stays_one(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "data")
     for text in ("first", "second"):
         with temporary_sibling(tmp_path / "link", "preparing") as folder:
-            replace_folder(write(folder / "dataset", text), tmp_path / "link")
+            put_in_place(write(folder / "dataset", text), tmp_path / "link")
         assert (tmp_path / "disk" / "data" / "file").read_text() == text
     assert (tmp_path / "link").is_symlink()
     assert (names(tmp_path), names(tmp_path / "disk")) == (["disk", "link"], ["data"])

@@ -13,7 +13,7 @@ SOURCES = sorted(
     path for package in ("m5", "data_prep", "tune", "benchmarks") for path in (ROOT / package).rglob("*.py")
 )
 MAX_FILE, MAX_FUNCTION = 410, 62
-SHARED_WITH_DATA_PREP = {"m5.schema", "m5.config", "m5.torchvision_shim"}
+SHARED_WITH_DATA_PREP = {"m5.schema", "m5.config", "m5.folders", "m5.torchvision_shim"}
 MAY_IMPORT_CLIENTS = {"m5/cli.py", "m5/cli_data.py", "m5/cli_serving.py", "m5/demo.py"}
 
 
