@@ -20,6 +20,7 @@ from pathlib import Path
 from m5.config import ConfigError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2), which Python's os does not have
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what file systems say that have none
 
 
 @contextmanager
@@ -105,6 +106,8 @@ def holding(path: Path, message: str, seconds: float = 0.0) -> Iterator[None]:
                 if time.monotonic() >= deadline:
                     raise ConfigError(message) from None
                 time.sleep(0.05)
-            except OSError:
-                break  # a file system without locks
+            except OSError as error:
+                if error.errno not in WITHOUT_LOCKS:
+                    raise
+                break
         yield

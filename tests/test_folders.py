@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -144,3 +148,18 @@ def test_a_link_to_a_prepared_dataset_stays_one(tmp_path: Path) -> None:
         assert (tmp_path / "disk" / "data" / "file").read_text() == text
     assert (tmp_path / "link").is_symlink()
     assert (names(tmp_path), names(tmp_path / "disk")) == (["disk", "link"], ["data"])
+
+
+@pytest.mark.parametrize(("number", "held"), [(errno.ENOLCK, True), (errno.EIO, False)])
+def test_a_file_system_without_locks_is_told_from_a_broken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, held: bool
+) -> None:
+    def fail(file: object, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    reached = False
+    refused = nullcontext() if held else pytest.raises(OSError, match=os.strerror(number))
+    with refused, holding(tmp_path / "lock", "in use"):
+        reached = True
+    assert reached is held

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.vector_cache import default_cache
 from m5.config import ConfigError
-from tune.records import locked
+from m5.folders import holding
 
 MANIFEST = "manifest.json"
 COPYING = 24 * 3600.0  # seconds to wait for another process of this node that copies
@@ -34,7 +34,7 @@ def local_dataset(data: str) -> Path:
     manifest = _manifest(files, path, data)
     copy = default_cache() / "data" / hashlib.sha256(data.encode() + manifest).hexdigest()[:16]
     copy.parent.mkdir(parents=True, exist_ok=True)
-    with locked(copy.with_suffix(".lock"), f"{copy} is being copied by another process for a day.", COPYING):
+    with holding(copy.with_suffix(".lock"), f"{copy} is being copied by another process for a day.", COPYING):
         if not copy.is_dir():
             # It gets its name when it is whole. What a killed process has left is begun anew.
             temporary = copy.with_suffix(".writing")

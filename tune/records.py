@@ -5,12 +5,9 @@ They, and the folders of the trials' own trainings, are all that a search keeps.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,12 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from m5.config import ConfigError
+from m5.folders import holding
 
 Role = Literal["search", "preset", "winner"]
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 PRESET = "0000"  # the trial with the preset's own settings
 ENDED = ("finished", "stopped", "failed")
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what file systems say that have none
 TARGETS_PER_SECOND, MEMORY = "targets_per_second", "peak_memory_gb"
 
 
@@ -135,7 +132,7 @@ def opened(path: Path, identity: dict[str, Any], resume: bool) -> Iterator[Folde
     if path.exists() and not asked.is_file() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} exists and is not a search of m5; choose another --out.")
     path.mkdir(parents=True, exist_ok=True)
-    with locked(path / ".lock", f"{path} is in use: another search writes to it. Choose another --out."):
+    with holding(path / ".lock", f"{path} is in use: another search writes to it. Choose another --out."):
         if asked.is_file():
             folder.read()
             if not resume:
@@ -160,30 +157,6 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
             yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
     elif before != now:
         yield f"{name} was {json.dumps(before)} and is {json.dumps(now)}"
-
-
-@contextmanager
-def locked(path: Path, message: str, seconds: float = 0.0) -> Iterator[None]:
-    """Hold a file's lock, which the system gives back when its process ends, however it does.
-
-    Raises:
-        ConfigError: with `message`, where another process still holds it after `seconds`.
-    """
-    deadline = time.monotonic() + seconds
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise ConfigError(message) from None
-                time.sleep(0.2)
-            except OSError as error:
-                if error.errno not in WITHOUT_LOCKS:
-                    raise
-                break
-        yield
 
 
 def read_history(run: Path) -> list[dict[str, float]]:

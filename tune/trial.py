@@ -24,12 +24,13 @@ from m5.best import BEST
 from m5.checkpoint_files import checkpoints_in
 from m5.config import RunConfig
 from m5.data.loader import Loader
+from m5.folders import holding
 from m5.mistakes import explain
 from m5.progress import TrainingLog
 from m5.resume import CHECKPOINTS, LOCK, Position, Resume
 from m5.step import Stepped
 from m5.train import Schedule, Trainer, train
-from tune.records import MEMORY, TARGETS_PER_SECOND, locked, read_history, write_whole
+from tune.records import MEMORY, TARGETS_PER_SECOND, read_history, write_whole
 
 OUT_OF_MEMORY = 137  # exit code, as of a process that the system has killed
 LOOK_EVERY = 0.2  # seconds between two looks at the memory
@@ -171,7 +172,7 @@ def run_trial(task: dict[str, Any]) -> None:
     lock = Path(task["run"]["out"]) / LOCK
     try:
         if lock.is_file():
-            with locked(lock, f"{lock} is held: the earlier attempt has not ended in {PATIENCE:.0f} s.", PATIENCE):
+            with holding(lock, f"{lock} is held: the earlier attempt has not ended in {PATIENCE:.0f} s.", PATIENCE):
                 pass
         for note in ("said", "placement"):
             Path(task[note]).unlink(missing_ok=True)
